@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// What kernels include. Compiled by nvcc it is CUDA; compiled by a C++ compiler with
+// STRUCTMAT_EMULATE it is the CPU emulator of the tests. Kernels launch by SM_LAUNCH and declare
+// dynamic shared memory by SM_DYNAMIC_SHARED; instructions with no C++ spelling live in mma.h and
+// copy.h, one wrapper each.
+#pragma once
+#ifdef STRUCTMAT_EMULATE
+#include "emulate.h"
+#else
+#include <cuda_runtime.h>
+
+#include "structmat/error.h"
+
+#define SM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                              \
+  do {                                                                                         \
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);     \
+    const cudaError_t sm_status = cudaGetLastError();                                          \
+    STRUCTMAT_CHECK(sm_status == cudaSuccess,                                                  \
+                    std::string(#kernel ": launch failed: ") + cudaGetErrorString(sm_status)); \
+  } while (0)
+// Above 48 KB of dynamic shared memory a kernel must be told once per device.
+#define SM_ALLOW_SHARED(kernel, bytes)                                                         \
+  do {                                                                                         \
+    const cudaError_t sm_status =                                                              \
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);      \
+    STRUCTMAT_CHECK(sm_status == cudaSuccess,                                                  \
+                    std::string(#kernel ": shared memory: ") + cudaGetErrorString(sm_status)); \
+  } while (0)
+#define SM_DYNAMIC_SHARED(T, name)                         \
+  extern __shared__ __align__(128) unsigned char sm_raw[]; \
+  T* name = reinterpret_cast<T*>(sm_raw)
+#endif

@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything public.
+#pragma once
+#include "structmat/context.h"
+#include "structmat/error.h"
+#include "structmat/matrix.h"

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+// structmat._C: the core for NumPy users, and what was built. Imports no torch.
+#include <pybind11/pybind11.h>
+
+#include "structmat/structmat.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "structmat's core on NumPy arrays, without torch.";
+  // Local: a global translator would also change what torch's operators raise.
+  py::register_local_exception<structmat::Error>(m, "Error", PyExc_ValueError);
+  py::register_local_exception<structmat::LinAlgError>(
+      m, "LinAlgError", py::module_::import("numpy").attr("linalg").attr("LinAlgError"));
+  m.attr("version") = STRUCTMAT_VERSION;
+#ifdef STRUCTMAT_WITH_CUDA
+  m.attr("cuda") = true;
+#else
+  m.attr("cuda") = false;
+#endif
+}

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tensor -> core view, and the Context a tensor implies, over LibTorch's stable ABI only.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "structmat/context.h"
+#include "structmat/matrix.h"
+
+// Exported by libtorch_cuda only. A weak reference lets this library load next to a CPU-only
+// libtorch, where the address is null and no CUDA tensor can exist.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+// Each operator has one function for CPU and CUDA tensors. For tests the same sources are built a
+// second time as namespace `structmat_emulated`, whose CPU tensors take the CUDA path on the
+// emulator.
+#ifdef STRUCTMAT_EMULATE
+#define STRUCTMAT_OPS structmat_emulated
+#else
+#define STRUCTMAT_OPS structmat
+#endif
+#define STRUCTMAT_EXPAND(macro, ...) macro(__VA_ARGS__)
+#define STRUCTMAT_LIBRARY(m) STRUCTMAT_EXPAND(STABLE_TORCH_LIBRARY, STRUCTMAT_OPS, m)
+#define STRUCTMAT_IMPL(key, m) STRUCTMAT_EXPAND(STABLE_TORCH_LIBRARY_IMPL, STRUCTMAT_OPS, key, m)
+#ifdef STRUCTMAT_EMULATE
+#define STRUCTMAT_REGISTER(name, function) \
+  STRUCTMAT_IMPL(CPU, m) {                 \
+    m.impl(name, TORCH_BOX(function));     \
+  }
+#else
+#define STRUCTMAT_REGISTER(name, function) \
+  STRUCTMAT_IMPL(CPU, m) {                 \
+    m.impl(name, TORCH_BOX(function));     \
+  }                                        \
+  STRUCTMAT_IMPL(CUDA, m) {                \
+    m.impl(name, TORCH_BOX(function));     \
+  }
+#endif
+
+namespace structmat::torch_bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& t, const char* op, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float64, bfloat16 or float16, got ",
+                      t.scalar_type());
+  }
+  return DType::f32;
+}
+
+// Where the operation runs: made from its first tensor, alive during the call. On CUDA it makes the
+// tensor's device current and carries torch's current stream.
+class Scope {
+ public:
+  explicit Scope(const Tensor& t) {
+#ifdef STRUCTMAT_EMULATE
+    static_cast<void>(t);
+    context.device = Device::cuda;
+#else
+    if (!t.is_cuda()) return;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "structmat: this torch has no CUDA support");
+    context.device = Device::cuda;
+    guard_.emplace(t.get_device_index());
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(t.get_device_index(), &context.stream));
+#endif
+  }
+
+  // Lends device memory to the core; torch's allocator owns it, so that CUDA graphs work.
+  void lend_workspace(const Tensor& like, std::size_t bytes) {
+    if (bytes == 0) return;
+    workspace_ =
+        torch::stable::new_empty(like, {static_cast<std::int64_t>(bytes)}, ScalarType::Byte);
+    context.workspace = workspace_->data_ptr();
+    context.workspace_bytes = bytes;
+  }
+
+  Context context;
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  std::optional<Tensor> workspace_;
+};
+
+inline void check_same_device(const Tensor& x, const Tensor& other, const char* op,
+                              const char* name) {
+  STD_TORCH_CHECK(x.is_cuda() == other.is_cuda() &&
+                      (!x.is_cuda() || x.get_device_index() == other.get_device_index()),
+                  op, ": ", name, " is on another device than the first argument");
+}
+
+// Rows must be contiguous; the rest of the layout is free. Copies only where they are not.
+inline Tensor with_contiguous_rows(const Tensor& t) {
+  const bool fine = t.dim() == 2 && (t.stride(1) == 1 || t.size(1) <= 1) &&
+                    (t.stride(0) >= t.size(1) || t.size(0) <= 1);
+  return fine ? t : torch::stable::contiguous(t);
+}
+
+inline MatrixView matrix_view(const Tensor& t, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", t.dim());
+  return {t.data_ptr(), dtype_of(t, op, name), t.size(0), t.size(1),
+          t.size(0) > 1 ? t.stride(0) : t.size(1)};
+}
+
+inline VectorView vector_view(const Tensor& t, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 1, op, ": ", name, " must have 1 dimension, got ", t.dim());
+  return {t.data_ptr(), dtype_of(t, op, name), t.size(0)};
+}
+
+}  // namespace structmat::torch_bindings
