@@ -4,6 +4,7 @@
 #ifdef STRUCTMAT_BLAS_SCIPY_OPENBLAS
 #define BLAS(name) scipy_##name##_
 extern "C" void scipy_openblas_set_num_threads(int);
+extern "C" char* scipy_openblas_get_config(void);
 namespace {
 // OpenBLAS's own pool next to OpenMP's made small calls 20x slower, and results depend on its size.
 [[maybe_unused]] const int one_thread = (scipy_openblas_set_num_threads(1), 0);
@@ -22,6 +23,16 @@ void BLAS(dgemm)(const char*, const char*, const int*, const int*, const int*, c
 }
 
 namespace structmat::blas {
+
+#ifdef STRUCTMAT_BLAS_SCIPY_OPENBLAS
+const char* name() {
+  return scipy_openblas_get_config();
+}
+#else
+const char* name() {
+  return "the system's LAPACK";
+}
+#endif
 
 void gemm(char transa, char transb, int m, int n, int k, float alpha, const float* a, int lda,
           const float* b, int ldb, float beta, float* c, int ldc) {

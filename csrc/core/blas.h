@@ -6,6 +6,8 @@
 
 namespace structmat::blas {
 
+const char* name();  // for people: library, version, build options
+
 // Column-major, as in BLAS. Dimensions and leading dimensions must fit 32 bits: callers tile.
 void gemm(char transa, char transb, int m, int n, int k, float alpha, const float* a, int lda,
           const float* b, int ldb, float beta, float* c, int ldc);

@@ -12,10 +12,11 @@ PYBIND11_MODULE(_C, m) {
   py::register_local_exception<structmat::Error>(m, "Error", PyExc_ValueError);
   py::register_local_exception<structmat::LinAlgError>(
       m, "LinAlgError", py::module_::import("numpy").attr("linalg").attr("LinAlgError"));
-  m.attr("version") = STRUCTMAT_VERSION;
-#ifdef STRUCTMAT_WITH_CUDA
-  m.attr("cuda") = true;
-#else
-  m.attr("cuda") = false;
-#endif
+  const structmat::Info info = structmat::info();
+  m.attr("version") = info.version;
+  m.attr("blas") = info.blas;
+  m.attr("simd") = info.simd;
+  m.attr("avx512_bf16") = info.avx512_bf16;
+  m.attr("cuda") = *info.cuda_architectures != '\0';
+  m.attr("cuda_architectures") = info.cuda_architectures;
 }

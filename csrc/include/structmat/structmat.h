@@ -3,4 +3,5 @@
 #pragma once
 #include "structmat/context.h"
 #include "structmat/error.h"
+#include "structmat/info.h"
 #include "structmat/matrix.h"
