@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs a CUDA grid on the CPU: one fibre per thread, blocks one after another. At a barrier a fibre
-// yields; the order of fibres is shuffled by a seed, so that a missing barrier changes results.
-// For tests only. It shows neither speed nor memory ordering between warps.
+// yields; the order of fibres and blocks is shuffled by a seed, so that a missing barrier changes
+// results. Shared memory is poisoned before each block. Broken rules (a barrier that not every
+// thread reaches, a write past shared memory, a launch CUDA would refuse) throw; AddressSanitizer
+// sees accesses out of range. For tests only. It shows neither speed nor memory ordering between
+// warps.
 #pragma once
 #include <ucontext.h>
 
@@ -10,12 +13,17 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #define __global__ static
 #define __device__
 #define __host__
+#if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static
+#else
+#define __shared__ static thread_local
+#endif
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
@@ -43,40 +51,49 @@ enum class Wait { none, warp, block };
 
 struct Fibre {
   ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  void* fake_stack = nullptr;  // AddressSanitizer's
   dim3 thread;
-  int lane, warp;
-  bool done;
-  Wait wait;
+  int lane = 0;
+  unsigned mask = 0;  // of the lanes it waits for at a warp barrier
+  bool done = false;
+  Wait wait = Wait::none;
 };
 
 struct Block {
   ucontext_t scheduler;
+  void* fake_stack = nullptr;
+  const void* scheduler_bottom = nullptr;
+  std::size_t scheduler_size = 0;
   std::vector<Fibre> fibres;
   Fibre* self = nullptr;
   std::function<void()> body;
   dim3 index, block_dim, grid_dim;
-  std::vector<unsigned char> shared;
-  std::vector<std::uint64_t> slots;  // one per thread, for shuffles
+  unsigned char* shared = nullptr;
+  std::vector<std::uint64_t> slots;  // one per lane, for shuffles
+  std::string failure;
 };
 
 extern Block* current;
 extern unsigned seed;
 
-void wait(Wait kind);
+void wait(Wait kind, unsigned mask = ~0u);
 // Runs `body` once per thread of every block.
 void launch(std::function<void()> body, dim3 grid, dim3 block, std::size_t shared_bytes);
 
+// The value of lane `source`; all ones where that lane is absent or outside the mask.
 template <class T>
-T exchange(T value, int source_lane) {  // every lane of the warp calls
+T exchange(unsigned mask, T value, int source) {
   static_assert(sizeof(T) <= 8);
-  const auto first = (current->self - current->fibres.data()) - current->self->lane;
-  std::uint64_t raw = 0;
-  std::memcpy(&raw, &value, sizeof value);
-  current->slots[first + current->self->lane] = raw;
-  wait(Wait::warp);
+  const Fibre* self = current->self;
+  std::uint64_t* slots = current->slots.data() + (self - current->fibres.data()) - self->lane;
+  std::memcpy(&slots[self->lane], &value, sizeof value);
+  wait(Wait::warp, mask);
+  const std::uint64_t raw = (mask >> source & 1u) != 0 ? slots[source] : ~std::uint64_t{0};
+  wait(Wait::warp, mask);
+  slots[self->lane] = ~std::uint64_t{0};
   T result;
-  std::memcpy(&result, &current->slots[first + source_lane], sizeof result);
-  wait(Wait::warp);
+  std::memcpy(&result, &raw, sizeof result);
   return result;
 }
 
@@ -94,28 +111,48 @@ T exchange(T value, int source_lane) {  // every lane of the warp calls
     }(dim3(grid), dim3(block), shared_bytes, __VA_ARGS__);                       \
   } while (0)
 #define SM_ALLOW_SHARED(kernel, bytes) static_cast<void>(bytes)
-#define SM_DYNAMIC_SHARED(T, name) \
-  T* name = reinterpret_cast<T*>(  \
-      (reinterpret_cast<std::uintptr_t>(emulate::current->shared.data()) + 127) / 128 * 128)
+#define SM_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emulate::current->shared)
 
 inline void __syncthreads() {
   emulate::wait(emulate::Wait::block);
 }
-inline void __syncwarp(unsigned = ~0u) {
-  emulate::wait(emulate::Wait::warp);
+inline void __syncwarp(unsigned mask = ~0u) {
+  emulate::wait(emulate::Wait::warp, mask);
+}
+// As in CUDA, `width` cuts the warp into segments; a source outside the segment is the lane itself.
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const int first = emulate::current->self->lane / width * width;
+  return emulate::exchange(mask, value, first + (source & (width - 1)));
 }
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
-  return emulate::exchange(value, emulate::current->self->lane ^ mask);
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+  const int lane = emulate::current->self->lane, source = lane ^ bits;
+  return emulate::exchange(mask, value, source / width <= lane / width ? source : lane);
 }
 template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return emulate::exchange(value, lane);
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const int lane = emulate::current->self->lane, source = lane + static_cast<int>(delta);
+  return emulate::exchange(mask, value, source / width == lane / width ? source : lane);
 }
 template <class T>
-T __shfl_down_sync(unsigned, T value, int delta) {
-  const int lane = emulate::current->self->lane;
-  return emulate::exchange(value, lane + delta < 32 ? lane + delta : lane);
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const int lane = emulate::current->self->lane, source = lane - static_cast<int>(delta);
+  return emulate::exchange(mask, value, source >= lane / width * width ? source : lane);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    const int theirs = emulate::exchange(mask, predicate != 0 ? 1 : 0, lane);
+    if (theirs == 1) bits |= 1u << lane;
+  }
+  return bits;
+}
+inline int __any_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate == 0) == 0;
 }
 template <class T>
 T __ldg(const T* p) {
