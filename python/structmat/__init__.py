@@ -10,9 +10,9 @@ import torch
 _spec = find_spec("structmat._ops")
 if _spec is None or _spec.origin is None:
     raise ImportError("structmat was imported from its source folder; install it: pip install .")
-torch.ops.load_library(_spec.origin)
+torch.ops.load_library(_spec.origin)  # type: ignore[no-untyped-call]
 
-# For CMake: -DCMAKE_PREFIX_PATH=$(python -m structmat --cmake-prefix)
+# For CMake: -DCMAKE_PREFIX_PATH=$(structmat-config --cmake-prefix)
 cmake_prefix_path = str(Path(_spec.origin).parent / "lib" / "cmake")
 
 from . import linalg, nn, ops  # noqa: E402  (register the fakes of the operators just loaded)

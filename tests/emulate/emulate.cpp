@@ -144,7 +144,16 @@ void run_block(Block& block, std::mt19937& random) {
   }
 }
 
-// Its own function: getcontext returns twice, which loop variables in registers would not survive.
+// Its own function: getcontext returns twice, which a loop's variables would not survive.
+__attribute__((noinline)) void start(Fibre& f) {
+  forget(f.stack.get(), kStackBytes);
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = f.stack.get();
+  f.context.uc_stack.ss_size = kStackBytes;
+  f.context.uc_link = nullptr;
+  makecontext(&f.context, entry, 0);
+}
+
 void start_fibres(Block& block) {
   const dim3 dim = block.block_dim;
   for (std::size_t t = 0; t < block.fibres.size(); ++t) {
@@ -154,12 +163,7 @@ void start_fibres(Block& block) {
     f.lane = static_cast<int>(t % 32);
     f.thread = dim3(static_cast<unsigned>(t % dim.x), static_cast<unsigned>(t / dim.x % dim.y),
                     static_cast<unsigned>(t / (dim.x * dim.y)));
-    forget(f.stack.get(), kStackBytes);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStackBytes;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, entry, 0);
+    start(f);
   }
 }
 
