@@ -120,6 +120,48 @@ inline MatrixView matrix_view(const Tensor& t, const char* op, const char* name)
           t.size(0) > 1 ? t.stride(0) : t.size(1)};
 }
 
+constexpr std::size_t kMaxDims = 64;  // torch's own limit
+
+// t (..., n) as a matrix of rows, its leading dimensions taken as one; copies only where strides
+// leave no single step from row to row.
+struct Rows {
+  Tensor tensor;  // keeps a copy alive
+  ConstMatrixView view;
+
+  Rows(const Tensor& t, const char* op, const char* name) : tensor(t) {
+    STD_TORCH_CHECK(t.dim() >= 1, op, ": ", name, " must have at least 1 dimension, got 0");
+    const DType dtype = dtype_of(t, op, name);
+    std::int64_t step = 0;
+    if (!has_single_step(step)) {
+      tensor = torch::stable::contiguous(t);
+      has_single_step(step);
+    }
+    const auto sizes = tensor.sizes();
+    const std::int64_t cols = sizes[sizes.size() - 1];
+    std::int64_t rows = 1;
+    for (std::size_t d = 0; d + 1 < sizes.size(); ++d) rows *= sizes[d];
+    view = {tensor.data_ptr(), dtype, rows, cols, rows > 1 ? step : cols};
+  }
+
+ private:
+  bool has_single_step(std::int64_t& step) const {
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    std::size_t d = sizes.size() - 1;
+    if (strides[d] != 1 && sizes[d] > 1) return false;
+    std::int64_t next = -1;  // the stride that the next dimension outwards must have
+    step = sizes[d];
+    while (d-- > 0) {
+      if (sizes[d] == 1) continue;
+      if (next < 0)
+        step = strides[d];
+      else if (strides[d] != next)
+        return false;
+      next = strides[d] * sizes[d];
+    }
+    return next < 0 || step >= sizes[sizes.size() - 1];
+  }
+};
+
 inline VectorView vector_view(const Tensor& t, const char* op, const char* name) {
   STD_TORCH_CHECK(t.dim() == 1, op, ": ", name, " must have 1 dimension, got ", t.dim());
   return {t.data_ptr(), dtype_of(t, op, name), t.size(0)};

@@ -17,6 +17,13 @@ bool has_cuda() {
 
 STRUCTMAT_LIBRARY(m) {
   m.def("has_cuda() -> bool");
+  m.def("low_rank_linear(Tensor x, Tensor U, Tensor V, Tensor? bias=None) -> Tensor");
+  m.def(
+      "low_rank_linear_train(Tensor x, Tensor U, Tensor V, Tensor? bias, bool keep_hidden) -> "
+      "(Tensor y, Tensor hidden)");
+  m.def(
+      "low_rank_linear_backward(Tensor dy, Tensor? x, Tensor U, Tensor V, Tensor? hidden, "
+      "bool need_x, bool need_bias) -> (Tensor dx, Tensor dU, Tensor dV, Tensor dbias)");
 }
 STRUCTMAT_IMPL(CompositeExplicitAutograd, m) {
   m.impl("has_cuda", TORCH_BOX(&has_cuda));

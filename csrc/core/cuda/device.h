@@ -26,6 +26,7 @@
     STRUCTMAT_CHECK(sm_status == cudaSuccess,                                                  \
                     std::string(#kernel ": shared memory: ") + cudaGetErrorString(sm_status)); \
   } while (0)
+#define SM_UNROLL _Pragma("unroll")
 #define SM_DYNAMIC_SHARED(T, name)                         \
   extern __shared__ __align__(128) unsigned char sm_raw[]; \
   T* name = reinterpret_cast<T*>(sm_raw)

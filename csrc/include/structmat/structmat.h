@@ -4,4 +4,5 @@
 #include "structmat/context.h"
 #include "structmat/error.h"
 #include "structmat/info.h"
+#include "structmat/low_rank.h"
 #include "structmat/matrix.h"

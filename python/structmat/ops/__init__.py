@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of structured matrices."""
 
-__all__: list[str] = []
+from .low_rank import low_rank_linear
+
+__all__ = ["low_rank_linear"]
