@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One small call of every operator, its gradients included: what stream tests, CUDA graphs and
+compute-sanitizer run. `python tests/operations.py [cuda | cpu]` runs them all once."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import structmat as sm
+
+
+@dataclass(frozen=True)
+class Operation:
+    name: str
+    inputs: dict[str, tuple[int, ...]]  # all differentiable
+    function: Callable[..., torch.Tensor]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+    def make(self, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        return [torch.randn(shape).to(dtype).to(device) for shape in self.inputs.values()]
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The result, and the gradients of the sum of its squares."""
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        y = self.function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+
+def low_rank(name: str, tokens: int, m: int, n: int, r: int) -> Operation:
+    shapes = {"x": (tokens, n), "U": (m, r), "V": (r, n), "bias": (m,)}
+    return Operation(name, shapes, sm.ops.low_rank_linear)
+
+
+OPERATIONS = [
+    low_rank("low_rank_linear", 67, 96, 80, 24),
+    low_rank("low_rank_linear, odd sizes", 33, 41, 57, 13),
+    low_rank("low_rank_linear, one token", 1, 96, 80, 24),
+]
+
+
+def main() -> None:
+    device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+    for operation in OPERATIONS:
+        for dtype in operation.dtypes:
+            for result in operation.run(operation.make(dtype, device)):
+                assert result.isfinite().all(), (operation.name, dtype)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{len(OPERATIONS)} operations ran on {device}")
+
+
+if __name__ == "__main__":
+    main()
