@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := $(shell git ls-files '*.cpp' '*.h' '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint format bench docs gpu-check clean
+.PHONY: help setup test demo lint format bench docs gpu-check clean print-torch
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -46,6 +46,9 @@ docs: $(VENV)/ready  ## write the API reference from the docstrings
 
 gpu-check:  ## on a machine with a GPU: build, test, sanitize, measure (docs/gpu-check.md)
 	bench/gpu_check.sh
+
+print-torch:
+	@echo "$(TORCH)"
 
 clean:  ## remove what was built; keep .venv's packages
 	rm -rf build dist bench/out docs/_site demo-out $(VENV)/ready
