@@ -6,6 +6,7 @@
 # A stage that fails or runs out of time does not stop the next ones. `--cpu` runs the same stages on the
 # CPU and the emulator, with tiny benches, so that CI keeps this script working.
 set -uo pipefail
+shopt -s nullglob
 cd "$(dirname "$0")/.."
 root=$PWD
 device=cuda
@@ -46,9 +47,8 @@ build() {
   set -e
   rm -rf "$work/venv"
   "$base" -m venv --without-pip "$work/venv"
-  "$base" -c 'import site, sysconfig
-paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
-print("\n".join(sorted(paths)))' > "$("$python" -c \
+  "$base" -c 'import sys
+print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' > "$("$python" -c \
     'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
   local install=("$base" -m pip --python "$python" install --quiet --no-deps --no-index)
   if ! "$python" -c 'import scipy_openblas32' 2> /dev/null; then

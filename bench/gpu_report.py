@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gpu_check.sh's last step: what its stages left behind, as one JSON file and one readable page.
+
+python bench/gpu_report.py RESULTS OUT DEVICE
+"""
+
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+
+def output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def machine(device: str) -> dict[str, str]:
+    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    return {
+        "device": output(*query) if device == "cuda" else "cpu (self-test, no GPU)",
+        "python": sys.version.split()[0],
+        "nvcc": "".join(re.findall(r"release (\S+),", output("nvcc", "--version"))),
+        "commit": output("git", "rev-parse", "HEAD"),
+        "modified": str(bool(output("git", "status", "--porcelain", "--untracked-files=no"))),
+    }
+
+
+def stages(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_text().splitlines():
+        name, status, seconds = line.split("\t")
+        word = {"0": "passed", "124": "ran out of time"}.get(status, f"failed, status {status}")
+        found.append({"stage": name, "result": word, "seconds": int(seconds)})
+    return found
+
+
+def tests(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    suite = next(ElementTree.parse(path).iter("testsuite"))
+    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    cases = [case for case in suite.iter("testcase") if case.find("failure") is not None]
+    messages = {
+        f"{case.get('classname')}::{case.get('name')}": (case.find("failure").get("message") or "")
+        for case in cases
+    }
+    return {**counts, "failed": messages}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of the scalar entries."""
+    simple = (str, int, float, bool)
+    columns = list(
+        dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, simple))
+    )
+    text = [[format(row.get(c, ""), ".4g") if isinstance(row.get(c), float) else str(row.get(c, ""))
+             for c in columns] for row in rows]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(columns, *text, strict=True)]
+    lines = [columns, ["-" * w for w in widths], *text]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def rows_of(bench: Any) -> list[dict[str, Any]]:
+    """The measurements in a bench's file: its first list of objects."""
+    lists = [bench] if isinstance(bench, list) else list(bench.values())
+    for value in lists:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return value
+    return []
+
+
+def main() -> None:
+    results, out, device = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    report: dict[str, Any] = {"machine": machine(device), "stages": stages(results / "stages.tsv")}
+    report["tests"] = tests(results / "tests.xml")
+    report["benches"] = {}
+    for path in sorted(results.glob("bench_*.json")):
+        try:
+            report["benches"][path.stem] = json.loads(path.read_text())
+        except json.JSONDecodeError:  # the stage was cut off
+            report["benches"][path.stem] = []
+
+    page = ["# GPU check", table([report["machine"]]), "## Stages", table(report["stages"])]
+    if report["tests"]:
+        page += ["## Tests", table([report["tests"]])]
+        for name, message in report["tests"]["failed"].items():
+            page.append(f"- `{name}`: {message.splitlines()[0] if message else 'failed'}")
+    for name, bench in report["benches"].items():
+        rows = rows_of(bench)
+        page += [f"## {name}", table(rows) if rows else "No measurement was finished."]
+    text = "\n\n".join(page) + "\n"
+    (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "gpu_check.md").write_text(text)
+    print(text)
+    names = {stage["stage"] for stage in report["stages"]}
+    passed = all(stage["result"] == "passed" for stage in report["stages"])
+    sys.exit(0 if passed and "tests" in names else 1)
+
+
+if __name__ == "__main__":
+    main()
