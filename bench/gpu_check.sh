@@ -80,6 +80,11 @@ tests() {
     -p no:cacheprovider --junitxml="$work/results/tests.xml"
 }
 
+# Machine code and NVIDIA's headers need the CUDA toolkit, but no GPU.
+toolkit() {
+  "$python" -m pytest -q tests/test_sass.py tests/test_cublas_api.py -p no:cacheprovider
+}
+
 sanitizer() {
   local command=("$python" tests/operations.py "$device")
   # Our kernels only: all others would take minutes. No caching allocator: it hides overruns.
@@ -94,12 +99,13 @@ bench() {
   "$python" "$1" "${arguments[@]}" --json "$work/results/$(basename "$1" .py).json"
 }
 
-export -f environment build tests sanitizer bench
+export -f environment build tests toolkit sanitizer bench
 export device work base python
 stage environment 20 bash -c environment
 stage build 240 bash -c build
 if (cd "$work" && "$python" -c 'import structmat'); then
   stage tests 180 bash -c tests
+  stage toolkit 40 bash -c toolkit
   for tool in memcheck racecheck initcheck synccheck; do
     stage "$tool" 45 bash -c "sanitizer $tool"
   done
