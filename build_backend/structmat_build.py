@@ -4,11 +4,12 @@
 The bindings need torch's headers, which `torch` alone ships. Listing it in build-system.requires
 would make every isolated build download a CUDA torch next to the one already installed.
 """
+
 import sysconfig
 from pathlib import Path
 
-from scikit_build_core.build import *  # noqa: F403  (the PEP 517 hooks)
 from scikit_build_core import build as _base
+from scikit_build_core.build import *  # noqa: F403  (the PEP 517 hooks)
 
 _HEADER = Path("torch", "include", "torch", "csrc", "stable", "library.h")
 

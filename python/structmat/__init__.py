@@ -10,7 +10,7 @@ import torch
 _spec = find_spec("structmat._ops")
 if _spec is None or _spec.origin is None:
     raise ImportError("structmat was imported from its source folder; install it: pip install .")
-torch.ops.load_library(_spec.origin)  # type: ignore[no-untyped-call]
+torch.ops.load_library(_spec.origin)
 
 # For CMake: -DCMAKE_PREFIX_PATH=$(structmat-config --cmake-prefix)
 cmake_prefix_path = str(Path(_spec.origin).parent / "lib" / "cmake")

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dense products on the GPU: cuBLAS, loaded at first use (cublas_api.h). The tests' emulator has its own.
+// Dense products on the GPU: cuBLAS, loaded at first use (cublas_api.h). The tests' emulator has
+// its own.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -10,8 +11,8 @@
 namespace structmat::cuda {
 
 // C = alpha op(A) op(B) + beta C + 1 bias^T, row-major; op(A) is m x k, op(B) k x n, C m x n.
-// A and B share `dtype`; C and bias have `out`, which is `dtype`, or f32 for 16-bit inputs. Sums are kept in
-// fp32 (fp64 for f64); fp32 inputs are multiplied in fp32, not TF32.
+// A and B share `dtype`; C and bias have `out`, which is `dtype`, or f32 for 16-bit inputs. Sums
+// are kept in fp32 (fp64 for f64); fp32 inputs are multiplied in fp32, not TF32.
 struct Gemm {
   bool trans_a = false, trans_b = false;
   std::int64_t m = 0, n = 0, k = 0;

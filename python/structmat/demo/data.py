@@ -28,7 +28,7 @@ def docstring_pairs(seed: int = 0, limit: int | None = 4000) -> list[tuple[str, 
     Args:
         seed: order of the files, hence which pairs come first. The same installed packages and seed
             give the same list.
-        limit: pairs wanted; ``None`` reads everything there is. Fewer come back where there are fewer.
+        limit: pairs wanted; ``None`` reads all there are. Fewer come back where there are fewer.
 
     Returns:
         The pairs, mixed over packages: any prefix is a fair sample, so a split is a slice.
