@@ -11,7 +11,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-SOURCES := $(shell git ls-files '*.cpp' '*.h' '*.cu' 2>/dev/null)
+CLANG_FORMAT := git ls-files '*.cpp' '*.h' '*.cu' | xargs $(BIN)/clang-format
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test demo lint format bench docs gpu-check clean print-torch
@@ -27,16 +27,17 @@ test: $(VENV)/ready  ## run the tests
 demo: $(VENV)/ready  ## compress a sentence encoder and show what was lost and gained
 	$(BIN)/structmat demo
 
-lint: $(VENV)/ready  ## formats, lints and types
+lint: $(VENV)/ready  ## formats, lints, types, and that docs/api.md is current
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(CLANG_FORMAT) --dry-run -Werror
 	$(BIN)/mypy
+	$(BIN)/python docs/make_api.py --check
 
 format: $(VENV)/ready  ## bring all files into form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(CLANG_FORMAT) -i
 
 bench: $(VENV)/ready  ## measure every operator; results in bench/out
 	for bench in bench/bench_*.py; do $(BIN)/python $$bench || exit; done
