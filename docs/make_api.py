@@ -63,7 +63,7 @@ def signature(name: str, value: object) -> str:
 def entry(name: str, value: object, level: int) -> Iterator[str]:
     yield f"{'#' * level} {name.split('.')[-1]}"
     if callable(value):
-        yield f"```python\n{signature(name, value)}\n```"
+        yield f"`{signature(name, value)}`"
     yield markdown(inspect.getdoc(value) or "")
     if isinstance(value, type) and not issubclass(value, BaseException):
         for key, member in vars(value).items():
