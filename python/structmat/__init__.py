@@ -16,6 +16,16 @@ torch.ops.load_library(_spec.origin)
 cmake_prefix_path = str(Path(_spec.origin).parent / "lib" / "cmake")
 
 from . import linalg, nn, ops  # noqa: E402  (register the fakes of the operators just loaded)
+from .compress import compress, load_pretrained, save_pretrained  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "cmake_prefix_path", "linalg", "nn", "ops"]
+__all__ = [
+    "__version__",
+    "cmake_prefix_path",
+    "compress",
+    "linalg",
+    "load_pretrained",
+    "nn",
+    "ops",
+    "save_pretrained",
+]

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Second moments of activations and of gradients, summed while batches stream through a model.
+
+No activation outlives its batch. Products of a batch are float32 on the CPU (float64 on CUDA, where
+float32 may mean TF32) in blocks of bounded length and are summed in float64.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .factor import on_input_side
+from .layers import Target, bias_of
+
+Batch = Any
+Objective = Callable[[Any, Batch], Tensor]
+Progress = Callable[[str, int, int], None]
+
+_BLOCK_ROWS = 4096  # of a float32 product: its rounding stays near 1e-6 of the result
+
+
+class Calibration:
+    """The user's batches, any number of times; what they are and how many rows they hold."""
+
+    def __init__(self, data: Iterable[Batch] | Callable[[], Iterable[Batch]], model: nn.Module):
+        if not callable(data) and isinstance(data, Iterator):
+            data = list(data)
+        self._data = data
+        self._device = next(model.parameters()).device
+        digest = hashlib.sha256()
+        self.batches = 0
+        self.tokens = 0
+        for batch in self:
+            self.batches += 1
+            self.tokens += _count(batch)
+            _digest(digest, batch)
+        if self.tokens == 0:
+            raise ValueError(
+                "compress: calibration is empty: no batch with a row that is no padding"
+            )
+        self.hash = digest.hexdigest()
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._data() if callable(self._data) else self._data:
+            yield _to(batch, self._device)
+
+    def sample(self, tokens: int) -> Iterator[Batch]:
+        """Evenly spaced batches with about this many rows in all."""
+        stride = self._stride(tokens)
+        return (batch for i, batch in enumerate(self) if i % stride == 0)
+
+    def sampled(self, tokens: int) -> int:
+        """Number of batches of :meth:`sample`."""
+        return -(-self.batches // self._stride(tokens))
+
+    def _stride(self, tokens: int) -> int:
+        return max(1, self.tokens // tokens)
+
+
+def run(model: nn.Module, batch: Batch) -> Any:
+    """Calls the model: a mapping is keywords, a tuple or list arguments, a tensor one argument."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+def main_output(output: Any) -> Tensor:
+    """``logits`` or ``last_hidden_state``, else the first floating-point tensor of the output.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(output, Mapping):
+        for name in ("logits", "last_hidden_state"):
+            if isinstance(output.get(name), Tensor):
+                return output[name]
+    parts = [output] if isinstance(output, Tensor) else list(_values(output))
+    for part in parts:
+        if isinstance(part, Tensor) and part.is_floating_point():
+            return part
+    raise ValueError(
+        f"compress: no tensor found in the model's output ({type(output).__name__}); give "
+        "objective, a function of (output, batch)"
+    )
+
+
+def mask_of(batch: Batch) -> Tensor | None:
+    """``attention_mask`` as booleans ``(B, T)``, where the batch has one of that shape."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def sequences(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``(sequences, rows, n)`` with padding set to zero; rows without a sequence stand alone."""
+    x = (
+        x.unsqueeze(1)
+        if x.ndim == 2
+        else x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, x.shape[-1])
+    )
+    if mask is not None:
+        if x.shape[:2] == mask.shape:
+            return x * mask.unsqueeze(-1).to(x)
+        if x.shape[1] == 1 and x.shape[0] == mask.numel() and mask.shape[1] != 1:
+            return x * mask.reshape(-1, 1, 1).to(x)
+    return x
+
+
+def rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``(rows, n)`` without padding."""
+    if mask is not None:
+        if x.shape[:-1] == mask.shape:
+            return x[mask]
+        if x.ndim == 2 and x.shape[0] == mask.numel():
+            return x[mask.flatten()]
+    return x.reshape(-1, x.shape[-1])
+
+
+def wide(x: Tensor) -> Tensor:
+    """The type in which products of a batch are taken."""
+    return x.double() if x.is_cuda or x.dtype == torch.float64 else x.float()
+
+
+def without_bias(module: nn.Module, y: Tensor) -> Tensor:
+    """``W x`` of a layer's output ``y``."""
+    bias = bias_of(module)
+    return y if bias is None else y - bias
+
+
+def gram(x: Tensor, y: Tensor) -> Tensor:
+    """``x^T y`` of two ``(rows, .)`` matrices in float64."""
+    total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
+    for a, b in zip(wide(x).split(_BLOCK_ROWS), wide(y).split(_BLOCK_ROWS), strict=True):
+        total += a.T @ b
+    return total
+
+
+@contextmanager
+def observing(
+    targets: Sequence[Target], see: Callable[[Target, nn.Module, Tensor, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Calls ``see(target, module, x, y)`` after each target; a tensor returned replaces ``y``."""
+    handles = []
+    try:
+        for target in targets:
+            for module in target.modules:
+
+                def hook(
+                    module: nn.Module, args: Any, kwargs: Any, y: Tensor, target: Target = target
+                ) -> Tensor | None:
+                    return see(target, module, args[0] if args else next(iter(kwargs.values())), y)
+
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and parameters without gradients, as they were before on leaving."""
+    training = [module for module in model.modules() if module.training]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def call_order(model: nn.Module, targets: list[Target], calibration: Calibration) -> list[Target]:
+    """Targets in the order in which the first batch reaches them, then those it does not."""
+    order: dict[Target, None] = {}
+    with torch.no_grad(), observing(targets, lambda target, *_: order.setdefault(target)):
+        run(model, next(iter(calibration)))
+    return list(order) + [target for target in targets if target not in order]
+
+
+def moments(
+    model: nn.Module,
+    targets: Sequence[Target],
+    calibration: Calibration,
+    step: Callable[[], None],
+) -> dict[Target, Tensor]:
+    """``sum x x^T`` where ``n <= m``, else ``sum (W x)(W x)^T``; the bias is no part of it.
+
+    Raises:
+        ValueError: NaN or Inf in an activation, or a layer that no batch reaches.
+    """
+    sums: dict[Target, Tensor] = {}
+    last: tuple[Tensor | None, Tensor | None] = (None, None)
+    mask: Tensor | None = None
+
+    def see(target: Target, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        nonlocal last
+        if on_input_side(target.weight):
+            if last[0] is not x:  # query, key and value are fed the same tensor
+                z = rows(x, mask)
+                last = (x, gram(z, z))
+            product = last[1]
+        else:
+            z = rows(without_bias(module, wide(y)), mask)
+            product = gram(z, z)
+        assert product is not None
+        sums[target] = sums[target].add_(product) if target in sums else product.clone()
+
+    with torch.no_grad(), observing(targets, see):
+        for batch in calibration:
+            mask = mask_of(batch)
+            run(model, batch)
+            last = (None, None)
+            step()
+    check_reached(targets, sums)
+    for target, total in sums.items():
+        if not torch.isfinite(total).all():
+            raise ValueError(f"compress: the activations of {target.name} have NaN or Inf")
+    return sums
+
+
+def check_reached(targets: Sequence[Target], found: Mapping[Target, Any]) -> None:
+    for target in targets:
+        if target not in found:
+            raise ValueError(
+                f"compress: no calibration batch reaches {target.name}; leave it out by filter"
+            )
+
+
+def _values(output: Any) -> Iterable[Any]:
+    if isinstance(output, Mapping):
+        return output.values()
+    return output if isinstance(output, tuple | list) else ()
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: _to(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(_to(value, device) for value in batch)
+    return batch
+
+
+def _count(batch: Batch) -> int:
+    mask = mask_of(batch)
+    if mask is not None:
+        return int(mask.sum())
+    parts = [batch] if isinstance(batch, Tensor) else list(_values(batch))
+    for part in parts:
+        if isinstance(part, Tensor):  # ids (B, T), or features (..., n)
+            return part[..., :1].numel() if part.is_floating_point() else part.numel()
+    return 0
+
+
+def _digest(digest: Any, batch: Batch) -> None:
+    if isinstance(batch, Tensor):
+        data = batch.detach().cpu().contiguous()
+        digest.update(f"{data.dtype} {tuple(data.shape)}".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(batch, Mapping):
+        for name in sorted(batch):
+            digest.update(name.encode())
+            _digest(digest, batch[name])
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            _digest(digest, value)
+    else:
+        digest.update(repr(batch).encode())

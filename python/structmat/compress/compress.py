@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compression of a whole model: choose layers, gather statistics, factor, allocate, replace."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from . import factor
+from .allocate import global_ranks, largest_rank, parameters, uniform_rank
+from .calibrate import (
+    Batch,
+    Calibration,
+    Objective,
+    Progress,
+    call_order,
+    evaluating,
+    mask_of,
+    moments,
+    observing,
+    rows,
+    run,
+    without_bias,
+)
+from .factor import Factors
+from .layers import Filter, Target, find_targets, replace
+from .memory import PeakMemory
+from .report import CompressionReport, LayerReport, attach
+from .sensitivity import Sensitivity, fisher_weights, sensitivities
+
+METHODS = ("svd", "fisher", "whitened")
+RANKS = ("uniform", "global")
+_SENSITIVITY_TOKENS = 16384
+_GROUP_BYTES = 256 << 20
+
+
+@dataclass
+class _Plan:
+    """What is known of one layer until its rank is."""
+
+    target: Target
+    factors: Factors | None = None
+    error: Tensor | None = None  # relative output error at rank 0, 1, ...
+    loss: Tensor | None = None  # predicted change of the model's output at rank 0, 1, ...
+    rank: int | None = None
+    measured: float | None = None
+    seconds: float = 0.0
+    places: dict[str, nn.Module] = field(default_factory=dict)
+
+
+def compress(
+    model: nn.Module,
+    keep: float = 0.6,
+    *,
+    method: str = "whitened",
+    ranks: str = "uniform",
+    sequential: bool = False,
+    calibration: Iterable[Batch] | Callable[[], Iterable[Batch]] | None = None,
+    objective: Objective | None = None,
+    filter: Filter = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CompressionReport:
+    """Replaces a model's linear layers by low-rank ones, in place."""
+    started = time.perf_counter()
+    _check_options(model, keep, method, ranks, sequential, calibration)
+    tell = progress or (lambda stage, done, total: None)
+    device = next(model.parameters()).device
+    with PeakMemory(device) as memory, evaluating(model):
+        targets = find_targets(model, filter)
+        data = None if calibration is None else Calibration(calibration, model)
+        if data is not None:
+            targets = call_order(model, targets, data)
+        plans = _factor(model, targets, data, keep, method, ranks, objective, seed, tell)
+        for plan in plans:
+            if plan.factors is not None and plan.rank is not None:
+                plan.places = dict(plan.target.replacements(plan.factors.head(plan.rank)))
+        if data is not None:
+            _measure(model, plans, data, tell)
+    for plan in plans:
+        replace(model, plan.places)
+    layers = [_report(plan) for plan in plans]
+    report = CompressionReport(
+        method=method,
+        ranks=ranks,
+        sequential=sequential,
+        keep=keep,
+        seed=seed,
+        kept=sum(x.params_after for x in layers) / sum(x.params_before for x in layers),
+        layers=layers,
+        calibration_hash=None if data is None else data.hash,
+        tokens=0 if data is None else data.tokens,
+        seconds=time.perf_counter() - started,
+        peak_memory=memory.bytes,
+    )
+    attach(model, report)
+    return report
+
+
+def _check_options(
+    model: object, keep: object, method: str, ranks: str, sequential: bool, calibration: object
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compress: model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(keep, int | float) or not 0 < keep < 1:
+        raise ValueError(f"compress: keep must lie between 0 and 1, got {keep!r}")
+    if method not in METHODS:
+        raise ValueError(f"compress: method must be one of {', '.join(METHODS)}, got {method!r}")
+    if ranks not in RANKS:
+        raise ValueError(f"compress: ranks must be one of {', '.join(RANKS)}, got {ranks!r}")
+    if sequential and method != "whitened":
+        raise ValueError(f"compress: sequential goes with method='whitened', got {method!r}")
+    if calibration is None and (method != "svd" or ranks == "global"):
+        raise ValueError(
+            f"compress: method={method!r} with ranks={ranks!r} needs calibration, batches for the "
+            "model; only method='svd' with ranks='uniform' does without"
+        )
+
+
+def _factor(
+    model: nn.Module,
+    targets: list[Target],
+    data: Calibration | None,
+    keep: float,
+    method: str,
+    ranks: str,
+    objective: Objective | None,
+    seed: int,
+    tell: Progress,
+) -> list[_Plan]:
+    """Factors and ranks of every layer, from the original model."""
+    plans = [_Plan(target) for target in targets]
+    open_plans = [plan for plan in plans if largest_rank(*plan.target.shape)]
+    if ranks == "uniform":
+        for plan in open_plans:
+            plan.rank = uniform_rank(*plan.target.shape, keep)
+        open_plans = [plan for plan in open_plans if plan.rank is not None]
+    done = 0
+    for group in _groups(model, open_plans, ranks):
+        chosen = [plan.target for plan in group]
+        moment: dict[Target, Tensor] = {}
+        sensitivity: dict[Target, Sensitivity] = {}
+        weights: dict[Target, Tensor] = {}
+        if data is not None:
+            moment = moments(model, chosen, data, _counter("calibrate", data.batches, tell))
+            sample = lambda: data.sample(_SENSITIVITY_TOKENS)  # noqa: E731
+            gradient_step = _counter("gradients", data.sampled(_SENSITIVITY_TOKENS), tell)
+            if method == "fisher":
+                weights = fisher_weights(model, chosen, sample(), objective, seed, gradient_step)
+            if ranks == "global":
+                own = None if method == "fisher" else objective
+                sensitivity = sensitivities(model, chosen, sample(), own, seed, gradient_step)
+        for plan in group:
+            begun = time.perf_counter()
+            target = plan.target
+            W = target.weight
+            factors = _closed_form(
+                W, method, moment.get(target), sensitivity.get(target), weights.get(target)
+            )
+            known = moment.pop(target) if data is not None else _identity(W)
+            error = factor.errors(W, factors, known)
+            plan.error = (error / error[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt().cpu()
+            if target in sensitivity:
+                left, right = sensitivity.pop(target)
+                plan.loss = factor.errors(W, factors, right, left).cpu()
+            plan.factors = factors.head(plan.rank or largest_rank(*target.shape))
+            plan.seconds = time.perf_counter() - begun
+            done += 1
+            tell("factor", done, len(open_plans))
+    if ranks == "global":
+        _allocate(open_plans, keep)
+    return plans
+
+
+def _closed_form(
+    W: Tensor,
+    method: str,
+    moment: Tensor | None,
+    sensitivity: Sensitivity | None,
+    weights: Tensor | None,
+) -> Factors:
+    if method == "svd":
+        return factor.svd(W)
+    if method == "fisher":
+        assert weights is not None
+        return factor.fisher(W, weights)
+    assert moment is not None
+    if sensitivity is None or not sensitivity.left.any():
+        return factor.whitened(W, moment)
+    return factor.two_sided(W, sensitivity.right, sensitivity.left)
+
+
+def _allocate(plans: list[_Plan], keep: float) -> None:
+    """Global ranks; layers the output does not depend on, as an unused pooler, get uniform ones."""
+    idle = [plan for plan in plans if plan.loss is None or not plan.loss[0] > 0]
+    for plan in idle:
+        plan.rank = uniform_rank(*plan.target.shape, keep)
+    busy = [plan for plan in plans if plan not in idle]
+    losses = [plan.loss.tolist() for plan in busy if plan.loss is not None]
+    shapes = [plan.target.shape for plan in busy]
+    budget = int(keep * sum(m * n for m, n in shapes))
+    for plan, rank in zip(busy, global_ranks(shapes, losses, budget), strict=True):
+        plan.rank = rank
+
+
+def _groups(model: nn.Module, plans: list[_Plan], ranks: str) -> Iterator[list[_Plan]]:
+    """Consecutive layers whose statistics take no more than 256 MiB or a quarter of the model."""
+    bound = max(_GROUP_BYTES, sum(p.numel() * p.element_size() for p in model.parameters()) // 4)
+    group: list[_Plan] = []
+    held = 0
+    for plan in plans:
+        m, n = plan.target.shape
+        side = min(m, n)
+        size = 8 * (side * side + (m * m + side * side if ranks == "global" else 0))
+        if group and held + size > bound:
+            yield group
+            group, held = [], 0
+        group.append(plan)
+        held += size
+    if group:
+        yield group
+
+
+def _identity(W: Tensor) -> Tensor:
+    """The moment of white inputs, under which the output error is that of the weight."""
+    if factor.on_input_side(W):
+        return torch.eye(W.shape[1], dtype=torch.float64, device=W.device)
+    return W.double() @ W.double().T
+
+
+def _counter(stage: str, total: int, tell: Progress) -> Callable[[], None]:
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        tell(stage, min(done, total), total)
+
+    return step
+
+
+def _measure(model: nn.Module, plans: list[_Plan], data: Calibration, tell: Progress) -> None:
+    """Relative output errors of the new layers on the calibration data."""
+    by_target = {plan.target: plan for plan in plans if plan.places}
+    sums = {target: [0.0, 0.0] for target in by_target}
+    mask: Tensor | None = None
+
+    def see(target: Target, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        name = next(name for name, place in target.places.items() if place is module)
+        difference = rows(by_target[target].places[name](x) - y, mask)
+        bare = rows(without_bias(module, y), mask)
+        sums[target][0] += difference.double().square().sum().item()
+        sums[target][1] += bare.double().square().sum().item()
+
+    step = _counter("measure", data.batches, tell)
+    with torch.no_grad(), observing(list(by_target), see):
+        for batch in data:
+            mask = mask_of(batch)
+            run(model, batch)
+            step()
+    for target, (difference, whole) in sums.items():
+        by_target[target].measured = (difference / whole) ** 0.5 if whole else 0.0
+
+
+def _report(plan: _Plan) -> LayerReport:
+    m, n = plan.target.shape
+    rank = plan.rank
+    errors = [] if rank is None or plan.error is None else plan.error[: rank + 1].tolist()
+    losses = [] if rank is None or plan.loss is None else plan.loss[: rank + 1].tolist()
+    return LayerReport(
+        name=plan.target.name,
+        places=list(plan.target.places),
+        kind="dense" if rank is None else "low_rank",
+        m=m,
+        n=n,
+        rank=rank,
+        params_before=m * n,
+        params_after=parameters(m, n, rank),
+        predicted_error=errors[-1] if errors else 0.0,
+        measured_error=plan.measured,
+        sensitivity=None if plan.loss is None else float(plan.loss[0]),
+        spectrum=[] if plan.factors is None else plan.factors.spectrum.tolist(),
+        errors=errors,
+        loss=losses,
+        seconds=plan.seconds,
+    )

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-rank factors in closed form: ``W' = U V`` minimising ``||L^1/2 (W - W') R^1/2||_F``.
+
+All methods are one thin SVD, ``A = L^1/2 W R^1/2 = Q S P^T``, followed by
+
+    ``U = L^-1/2 Q``,   ``V = Q^T L^1/2 W``
+
+so that ``R`` is never inverted and may be singular. ``U[:, :r] V[:r]`` is optimal for every ``r``:
+the pairs come in descending energy. ``svd`` has ``L = R = I``; ``fisher`` a diagonal ``R``;
+``whitened`` the second moment of the inputs; ``two_sided`` adds the output's sensitivity ``L``.
+
+A moment lies on the layer's smaller side: ``C = E[x x^T] (n, n)`` where ``n <= m``, else that of
+the outputs, ``K = W C W^T (m, m)``, which is all these formulas need. Everything is float64.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Of the mean eigenvalue, added to the output sensitivity before it is inverted: directions that
+# the sampled gradients never showed still count.
+_LEFT_DAMPING = 1e-3
+
+
+class Factors(NamedTuple):
+    """``U (m, k)``, ``V (k, n)``, ``k = min(m, n)``, float64, and ``spectrum (k,)`` descending.
+
+    ``dual (m, k)`` gives ``V = dual^T W``. ``sum(spectrum[r:] ** 2)`` is the squared error of rank
+    ``r`` in the method's own norm.
+    """
+
+    U: Tensor
+    V: Tensor
+    dual: Tensor
+    spectrum: Tensor
+
+    def head(self, rank: int) -> "Factors":
+        return Factors(self.U[:, :rank], self.V[:rank], self.dual[:, :rank], self.spectrum)
+
+
+def on_input_side(W: Tensor) -> bool:
+    """Whether moments of a layer with weight ``(m, n)`` are kept for inputs (else for outputs)."""
+    return W.shape[1] <= W.shape[0]
+
+
+def svd(W: Tensor) -> Factors:
+    """Least ``||W - W'||_F``: truncated SVD (Eckart, Young 1936). ``spectrum``: singular values."""
+    return _factors(W.double(), W.double())
+
+
+def fisher(W: Tensor, weights: Tensor) -> Factors:
+    """Least ``||(W - W') diag(weights)^1/2||_F`` (FWSVD; Hsu et al. 2022, arXiv:2207.00112).
+
+    ``weights (n,)``: the expected squared gradient of the loss, summed over each input's column.
+    """
+    return _factors(W.double(), W.double() * weights.double().clamp_min(0).sqrt())
+
+
+def whitened(W: Tensor, moment: Tensor) -> Factors:
+    """Least output error ``E||W x - W' x||^2``: ``W' = U_r U_r^T W``.
+
+    ``U_r``: top eigenvectors of ``W C W^T``. Equal to SVD-LLM's ``U S V^T chol(C)^-1`` (Wang et al.
+    2024, arXiv:2403.07378) where that exists, but no inverse is taken and a singular ``C`` is fine.
+    """
+    return _factors(W.double(), _times_root(W.double(), moment))
+
+
+def two_sided(W: Tensor, moment: Tensor, left: Tensor) -> Factors:
+    """Least ``tr(L E R E^T)``, ``E = W - W'``: the layer's share of the model's output error.
+
+    ``moment``: ``R`` or, on the output side, ``W R W^T``; ``left``: ``L (m, m)``. With both
+    estimated from gradients per sequence this is the Kronecker approximation of the Gauss-Newton
+    matrix (Gupta et al. 2018, arXiv:1802.09568).
+    """
+    values, Q = torch.linalg.eigh(left)
+    values = values.clamp_min(0)
+    values = values + _LEFT_DAMPING * values.mean()
+    if not values[-1] > 0:  # the output does not depend on this layer: no preference
+        return whitened(W, moment)
+    W = W.double()
+    root, inverse = (Q * values.sqrt()) @ Q.T, (Q / values.sqrt()) @ Q.T
+    return _factors(W, root @ _times_root(W, moment), root, inverse)
+
+
+def _times_root(W: Tensor, moment: Tensor) -> Tensor:
+    """Some ``B`` with ``B B^T = W C W^T``."""
+    values, Q = torch.linalg.eigh(moment)
+    root = Q * values.clamp_min(0).sqrt()  # rounding leaves tiny negative values
+    return W @ root if on_input_side(W) else root
+
+
+def _factors(
+    W: Tensor, A: Tensor, root: Tensor | None = None, inverse: Tensor | None = None
+) -> Factors:
+    Q, spectrum, _ = torch.linalg.svd(A, full_matrices=False)
+    dual = Q if root is None else root @ Q
+    return Factors(Q if inverse is None else inverse @ Q, dual.T @ W, dual, spectrum)
+
+
+def errors(W: Tensor, factors: Factors, moment: Tensor, left: Tensor | None = None) -> Tensor:
+    """``tr(L E_r R E_r^T)`` with ``E_r = W - U[:, :r] V[:r]``, for ``r = 0 .. k``: ``(k + 1,)``.
+
+    Expanded into prefix sums, so all ranks together cost ``O(m k (m + k))``. Exact for any factors
+    of the form ``V = dual^T W``, optimal in this norm or not.
+    """
+    U, V, dual, _ = factors
+    W = W.double()
+    if on_input_side(W):
+        cross = W @ (moment @ V.T)  # W R V^T
+        inner = V @ (moment @ V.T)
+        total = W @ moment @ W.T if left is not None else (W @ moment * W).sum()
+    else:
+        cross = moment @ dual
+        inner = dual.T @ cross
+        total = moment if left is not None else moment.trace()
+    LU = U if left is None else left @ U
+    total = total if left is None else (left * total).sum()
+    linear = (LU * cross).sum(0).cumsum(0)
+    quadratic = ((U.T @ LU) * inner).cumsum(0).cumsum(1).diagonal()
+    result = torch.cat([total.reshape(1), total - 2 * linear + quadratic])
+    return result.clamp_min(0)

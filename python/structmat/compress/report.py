@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compression did, layer by layer."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass
+class LayerReport:
+    """One compressed (or kept) layer.
+
+    Attributes:
+        name: where it is in the model.
+        places: every name it has: more than one where layers are tied, which share one report.
+        kind: ``"low_rank"``, or ``"dense"`` where it was left as it is.
+        m, n: output and input features.
+        rank: of the new weight; ``None`` for a dense layer.
+        params_before, params_after: weights, biases not counted.
+        predicted_error: relative output error ``||Y - Y'||_F / ||Y||_F`` from the moments alone
+            (biases not counted). Without calibration data, that of the weight itself.
+        measured_error: the same, measured by running the calibration data again.
+        sensitivity: predicted squared change of the model's output, per sequence, if the layer's
+            weight were zero; ``None`` where it was not estimated.
+        spectrum: of the matrix whose SVD gave the factors, descending; its tail beyond ``rank`` is
+            what was cut.
+        errors: predicted relative output error at rank ``0, 1, ..., rank``.
+        loss: predicted loss at rank ``0, 1, ..., rank`` of a ``global`` allocation, else empty.
+        seconds: spent on its factors.
+    """
+
+    name: str
+    places: list[str]
+    kind: str
+    m: int
+    n: int
+    rank: int | None
+    params_before: int
+    params_after: int
+    predicted_error: float
+    measured_error: float | None = None
+    sensitivity: float | None = None
+    spectrum: list[float] = field(default_factory=list, repr=False)
+    errors: list[float] = field(default_factory=list, repr=False)
+    loss: list[float] = field(default_factory=list, repr=False)
+    seconds: float = 0.0
+
+
+@dataclass
+class CompressionReport:
+    """What :func:`structmat.compress` did.
+
+    Attributes:
+        method, ranks, sequential, keep, seed: as they were asked for.
+        kept: fraction of the weights of the chosen layers that is left.
+        layers: one report per layer, in the order in which the model runs them.
+        calibration_hash: SHA-256 of the calibration batches, ``None`` without.
+        tokens: rows (tokens that are not padding) the moments were taken over.
+        seconds: wall time.
+        peak_memory: bytes beyond what was held at the start: of the CUDA allocator for a model
+            there, else of the process; ``None`` where the system does not tell.
+    """
+
+    method: str
+    ranks: str
+    sequential: bool
+    keep: float
+    seed: int
+    kept: float
+    layers: list[LayerReport]
+    calibration_hash: str | None
+    tokens: int
+    seconds: float
+    peak_memory: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists: what ``json.dumps`` takes."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        before = sum(layer.params_before for layer in self.layers)
+        after = sum(layer.params_after for layer in self.layers)
+        how = f"{self.method}, {self.ranks} ranks" + (", sequential" if self.sequential else "")
+        lines = [
+            f"{how}: {len(self.layers)} layers, {before:,} -> {after:,} weights ({self.kept:.1%})"
+            f", {self.tokens:,} tokens, {self.seconds:.1f} s",
+        ]
+        width = max((len(layer.name) for layer in self.layers), default=5)
+        lines.append(
+            f"{'layer':{width}}  {'m x n':>13}  {'rank':>5}  {'kept':>6}  predicted  measured"
+        )
+        for layer in self.layers:
+            rank = "dense" if layer.rank is None else str(layer.rank)
+            measured = "-" if layer.measured_error is None else f"{layer.measured_error:.4f}"
+            lines.append(
+                f"{layer.name:{width}}  {f'{layer.m} x {layer.n}':>13}  {rank:>5}  "
+                f"{layer.params_after / layer.params_before:6.1%}  {layer.predicted_error:9.4f}  "
+                f"{measured:>8}"
+            )
+        return "\n".join(lines)
+
+
+def attach(model: nn.Module, report: CompressionReport) -> None:
+    """Keeps the report with the model, for :func:`structmat.save_pretrained`."""
+    object.__setattr__(model, "_structmat_report", report)
+
+
+def attached(model: nn.Module) -> CompressionReport | None:
+    return getattr(model, "_structmat_report", None)
