@@ -46,6 +46,12 @@ def save_pretrained(
         ValueError: ``folder`` is a file, or a folder with something else in it; a parameter is on
             the meta device.
         OSError: the folder cannot be written.
+
+    Example:
+        >>> import torch, structmat as sm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> _ = sm.compress(model, keep=0.5, method="svd")
+        >>> sm.save_pretrained(model, "compressed")
     """
     from safetensors.torch import save_file
 
@@ -87,6 +93,16 @@ def load_pretrained(
     Raises:
         ValueError: not such a folder; of a newer format; ``keep`` is larger than what the file
             holds; the model does not have the file's layers.
+
+    Example:
+        >>> import torch, structmat as sm
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> model = build()
+        >>> _ = sm.compress(model, keep=0.5, method="svd")
+        >>> sm.save_pretrained(model, "compressed")
+        >>> sm.load_pretrained("compressed", keep=0.25, model=build())[0]
+        LowRankLinear(in_features=64, out_features=64, rank=8, bias=True)
     """
     from safetensors.torch import load_file
 
