@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "blas.h"
 
+#include <cstddef>
+#include <vector>
+
 #ifdef STRUCTMAT_BLAS_SCIPY_OPENBLAS
 #define BLAS(name) scipy_##name##_
 extern "C" void scipy_openblas_set_num_threads(int);
@@ -20,6 +23,18 @@ void BLAS(sgemm)(const char*, const char*, const int*, const int*, const int*, c
 void BLAS(dgemm)(const char*, const char*, const int*, const int*, const int*, const double*,
                  const double*, const int*, const double*, const int*, const double*, double*,
                  const int*);
+void BLAS(dsyrk)(const char*, const char*, const int*, const int*, const double*, const double*,
+                 const int*, const double*, double*, const int*);
+void BLAS(strmm)(const char*, const char*, const char*, const char*, const int*, const int*,
+                 const float*, const float*, const int*, float*, const int*);
+void BLAS(dtrmm)(const char*, const char*, const char*, const char*, const int*, const int*,
+                 const double*, const double*, const int*, double*, const int*);
+void BLAS(dpotrf)(const char*, const int*, double*, const int*, int*);
+void BLAS(dtrtri)(const char*, const char*, const int*, double*, const int*, int*);
+void BLAS(sgesdd)(const char*, const int*, const int*, float*, const int*, float*, float*,
+                  const int*, float*, const int*, float*, const int*, int*, int*);
+void BLAS(dgesdd)(const char*, const int*, const int*, double*, const int*, double*, double*,
+                  const int*, double*, const int*, double*, const int*, int*, int*);
 }
 
 namespace structmat::blas {
@@ -41,6 +56,51 @@ void gemm(char transa, char transb, int m, int n, int k, float alpha, const floa
 void gemm(char transa, char transb, int m, int n, int k, double alpha, const double* a, int lda,
           const double* b, int ldb, double beta, double* c, int ldc) {
   BLAS(dgemm)(&transa, &transb, &m, &n, &k, &alpha, a, &lda, b, &ldb, &beta, c, &ldc);
+}
+
+void syrk(int n, int k, double alpha, const double* a, int lda, double beta, double* c, int ldc) {
+  BLAS(dsyrk)("U", "N", &n, &k, &alpha, a, &lda, &beta, c, &ldc);
+}
+void trmm(int m, int n, const float* a, int lda, float* b, int ldb) {
+  const float one = 1;
+  BLAS(strmm)("L", "U", "T", "N", &m, &n, &one, a, &lda, b, &ldb);
+}
+void trmm(int m, int n, const double* a, int lda, double* b, int ldb) {
+  const double one = 1;
+  BLAS(dtrmm)("L", "U", "T", "N", &m, &n, &one, a, &lda, b, &ldb);
+}
+int potrf(int n, double* a, int lda) {
+  int info = 0;
+  BLAS(dpotrf)("U", &n, a, &lda, &info);
+  return info;
+}
+void trtri(int n, double* a, int lda) {
+  int info = 0;
+  BLAS(dtrtri)("U", "N", &n, a, &lda, &info);
+}
+
+namespace {
+
+template <class T, class Gesdd>
+bool gesdd_with(Gesdd gesdd, int n, T* a, int lda, T* s, T* u, int ldu, T* vt, int ldvt) {
+  std::vector<int> iwork(8 * static_cast<std::size_t>(n));
+  T size = 0;
+  int query = -1, info = 0;
+  gesdd("A", &n, &n, a, &lda, s, u, &ldu, vt, &ldvt, &size, &query, iwork.data(), &info);
+  // A float holds 24 bits: a larger size may have been rounded down.
+  const int lwork = static_cast<int>(static_cast<double>(size) * 1.000001) + 1;
+  std::vector<T> work(static_cast<std::size_t>(lwork));
+  gesdd("A", &n, &n, a, &lda, s, u, &ldu, vt, &ldvt, work.data(), &lwork, iwork.data(), &info);
+  return info == 0;
+}
+
+}  // namespace
+
+bool gesdd(int n, float* a, int lda, float* s, float* u, int ldu, float* vt, int ldvt) {
+  return gesdd_with(BLAS(sgesdd), n, a, lda, s, u, ldu, vt, ldvt);
+}
+bool gesdd(int n, double* a, int lda, double* s, double* u, int ldu, double* vt, int ldvt) {
+  return gesdd_with(BLAS(dgesdd), n, a, lda, s, u, ldu, vt, ldvt);
 }
 
 }  // namespace structmat::blas

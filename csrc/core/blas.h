@@ -14,4 +14,18 @@ void gemm(char transa, char transb, int m, int n, int k, float alpha, const floa
 void gemm(char transa, char transb, int m, int n, int k, double alpha, const double* a, int lda,
           const double* b, int ldb, double beta, double* c, int ldc);
 
+// The upper triangle of C = alpha A A^T + beta C, A (n, k).
+void syrk(int n, int k, double alpha, const double* a, int lda, double beta, double* c, int ldc);
+// B <- A^T B, A (m, m) upper triangular, B (m, n).
+void trmm(int m, int n, const float* a, int lda, float* b, int ldb);
+void trmm(int m, int n, const double* a, int lda, double* b, int ldb);
+// The upper factor R of A = R^T R in place; the order of the first minor that is not positive, or
+// 0.
+int potrf(int n, double* a, int lda);
+// A <- A^-1, A upper triangular.
+void trtri(int n, double* a, int lda);
+// A (n, n) = U diag(S) Vt, A is destroyed; false where the iteration does not converge.
+bool gesdd(int n, float* a, int lda, float* s, float* u, int ldu, float* vt, int ldvt);
+bool gesdd(int n, double* a, int lda, double* s, double* u, int ldu, double* vt, int ldvt);
+
 }  // namespace structmat::blas

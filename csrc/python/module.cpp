@@ -2,6 +2,7 @@
 // structmat._C: the core for NumPy users, and what was built. Imports no torch.
 #include <pybind11/pybind11.h>
 
+#include "bindings.h"
 #include "structmat/structmat.h"
 
 namespace py = pybind11;
@@ -19,4 +20,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("avx512_bf16") = info.avx512_bf16;
   m.attr("cuda") = *info.cuda_architectures != '\0';
   m.attr("cuda_architectures") = info.cuda_architectures;
+  structmat::python::register_random(m);
+  structmat::python::register_svd(m);
 }

@@ -17,6 +17,7 @@ bool has_cuda() {
 
 STRUCTMAT_LIBRARY(m) {
   m.def("has_cuda() -> bool");
+  m.def("gaussian(Tensor like, int rows, int cols, int seed, int stream) -> Tensor");
   m.def("low_rank_linear(Tensor x, Tensor U, Tensor V, Tensor? bias=None) -> Tensor");
   m.def(
       "low_rank_linear_train(Tensor x, Tensor U, Tensor V, Tensor? bias, bool keep_hidden) -> "
@@ -24,6 +25,9 @@ STRUCTMAT_LIBRARY(m) {
   m.def(
       "low_rank_linear_backward(Tensor dy, Tensor? x, Tensor U, Tensor V, Tensor? hidden, "
       "bool need_x, bool need_bias) -> (Tensor dx, Tensor dU, Tensor dV, Tensor dbias)");
+  m.def(
+      "randomized_svd(Tensor A, int rank, int? oversample, int? sweeps, int seed) -> "
+      "(Tensor U, Tensor S, Tensor Vh, Tensor info)");
 }
 STRUCTMAT_IMPL(CompositeExplicitAutograd, m) {
   m.impl("has_cuda", TORCH_BOX(&has_cuda));

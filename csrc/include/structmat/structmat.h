@@ -6,3 +6,5 @@
 #include "structmat/info.h"
 #include "structmat/low_rank.h"
 #include "structmat/matrix.h"
+#include "structmat/random.h"
+#include "structmat/svd.h"

@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decompositions."""
 
-__all__: list[str] = []
+from .random import gaussian
+from .svd import SVDInfo, SVDResult, randomized_svd
+
+__all__ = ["SVDInfo", "SVDResult", "gaussian", "randomized_svd"]

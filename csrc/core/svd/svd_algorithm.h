@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// The randomized SVD of B (tall x small), once for all back ends:
+//   X_1 = sketch, after sweeps - 2 blocks steps of subspace iteration by B and B^T;
+//   Q_j = orth(B X_j),  T_j = B^T Q_j,  X_{j+1} = T_j less its part in X_1 .. X_j;
+//   T = [T_1 ..] = X R with X = orth(T),  R = P S W^T,  B ~ (Q W) S (X P)^T.
+// Halko, Martinsson, Tropp, SIAM Review 53 (2011), 4.5; Musco and Musco, NIPS 2015 (block Krylov).
+//
+// An Engine holds the buffers and enqueues the operations. No step depends on a result the host
+// would have to wait for: orthonormalisation repeats passes that do nothing once the basis is good.
+#pragma once
+#include <cstdint>
+
+#include "svd/svd_plan.h"
+
+namespace structmat {
+
+// A row-major block of columns of a tall buffer.
+template <class T>
+struct Panel {
+  T* data = nullptr;
+  std::int64_t rows = 0, cols = 0, stride = 0;
+  Panel columns(std::int64_t first, std::int64_t count) const {
+    return {data + first, rows, count, stride};
+  }
+};
+
+// Two passes make a well-conditioned block orthonormal, three one of condition 1 / eps or with
+// dependent columns; the others are for a random replacement that nearly lies in a nearly complete
+// basis.
+constexpr int kOrthPasses = 6;
+// A pivot of the Gram matrix of unit columns below this is not divided by: its column is left for
+// the next pass, where its own norm scales it. The Gram matrix is kept in double; rounding there is
+// 1e-16.
+constexpr double kPivotThreshold = 1e-12;
+
+template <class Engine>
+class SvdAlgorithm {
+ public:
+  using T = typename Engine::Scalar;
+
+  SvdAlgorithm(Engine& engine, const SvdPlan& plan) : e(engine), plan(plan) {}
+
+  void run() {
+    const Panel<T> q = e.q(), x = e.x(), t = e.t();
+    const std::int64_t b = plan.block;
+    start(q.columns(0, b), x.columns(0, b));
+    for (std::int64_t j = 0; j < plan.blocks; ++j) {
+      const Panel<T> qj = q.columns(j * b, b), xj = x.columns(j * b, b);
+      if (j > 0) {
+        e.copy(t.columns((j - 1) * b, b), xj);
+        orthonormalize(xj, x.columns(0, j * b), 1);
+      }
+      if (plan.complete)
+        e.load(qj);
+      else
+        e.multiply(xj, qj);
+      orthonormalize(qj, q.columns(0, j * b), kOrthPasses);
+      e.multiply_transposed(qj, t.columns(j * b, b));
+    }
+    e.copy(t, x);
+    orthonormalize(x, {}, kOrthPasses);
+    e.small_svd(x, t);  // R = X^T T = P S W^T
+    e.factors(q, x);    // U, S, Vh and info
+  }
+
+ private:
+  // X_1, with every pass over B but the last 2 blocks.
+  void start(Panel<T> q, Panel<T> x) {
+    if (plan.complete) return;
+    std::int64_t steps = plan.sweeps - 2 * plan.blocks;
+    const bool from_left = steps % 2 != 0;
+    e.sketch(from_left ? q : x);
+    for (bool left = from_left; steps > 0; --steps, left = !left) {
+      if (left)
+        e.multiply_transposed(q, x);
+      else
+        e.multiply(x, q);
+      orthonormalize(left ? x : q, {}, 1);
+    }
+  }
+
+  // y <- a basis of span(y), orthogonal to the orthonormal `before`, by CholeskyQR with scaled
+  // columns. Columns that bring nothing new are replaced by random ones. One pass makes a basis
+  // that is merely well conditioned.
+  void orthonormalize(Panel<T> y, Panel<T> before, int passes) {
+    e.normalize(y);  // exact scaling by powers of two: no square overflows
+    for (int pass = 0; pass < passes; ++pass) {
+      if (before.cols > 0) e.project(y, before);
+      e.gram(y);
+      e.factor(y.cols, pass);
+      e.apply(y, ++random_streams);
+    }
+  }
+
+  Engine& e;
+  const SvdPlan plan;
+  std::uint32_t random_streams = 0;  // 0 is the sketch
+};
+
+}  // namespace structmat

@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "random/random_kernels.h"
+#include "structmat/error.h"
+#include "structmat/random.h"
+#include "svd/operand_cpu.h"
+#include "svd/orth_factor.h"
+#include "svd/svd_info.h"
+#include "svd/svd_kernels.h"
+
+namespace structmat {
+namespace {
+
+constexpr std::int64_t kTile = 256;  // rows of a tall panel worked on at a time: they stay in L2
+
+template <class T>
+class CpuEngine {
+ public:
+  using Scalar = T;
+
+  CpuEngine(const Context& context, const StridedMatrixView& b, const SvdPlan& plan,
+            std::uint64_t seed, MatrixView u, VectorView s, MatrixView vh, SvdInfo* info)
+      : context_(context),
+        plan_(plan),
+        b_(context, b),
+        seed_(seed),
+        u_(u),
+        s_(s),
+        vh_(vh),
+        info_(info),
+        basis_(plan.basis()),
+        q_(scratch<T>(plan.tall * basis_)),
+        x_(scratch<T>(plan.small * basis_)),
+        t_(scratch<T>(plan.small * basis_)),
+        c_(scratch<T>(basis_ * basis_)),
+        gram_(scratch<double>(basis_ * basis_)) {}
+
+  Panel<T> q() { return {q_.get(), plan_.tall, basis_, basis_}; }
+  Panel<T> x() { return {x_.get(), plan_.small, basis_, basis_}; }
+  Panel<T> t() { return {t_.get(), plan_.small, basis_, basis_}; }
+
+  void sketch(Panel<T> y) {
+    fill_gaussian_cpu(context_, {y.data, dtype_of<T>(), y.rows, y.cols, y.stride}, seed_, 0);
+  }
+  void multiply(Panel<T> x, Panel<T> y) {
+    b_.multiply(x, y, unmeasured());
+    check_finite();
+  }
+  void multiply_transposed(Panel<T> x, Panel<T> y) {
+    b_.multiply_transposed(x, y, unmeasured());
+    check_finite();
+  }
+  void load(Panel<T> y) {
+    b_.load(y, unmeasured());
+    check_finite();
+  }
+  void copy(Panel<T> from, Panel<T> to) {
+    rows(from.rows, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t i = first; i < last; ++i)
+        std::copy_n(from.data + i * from.stride, from.cols, to.data + i * to.stride);
+    });
+  }
+
+  // Scales each column by a power of two to a largest entry in [1, 2).
+  void normalize(Panel<T> y) {
+    const std::int64_t slabs = slab_count(y.rows), slab = ceil_div(y.rows, slabs);
+    const auto largest = scratch<T>(slabs * y.cols);
+    const auto finite = scratch<bool>(slabs);
+    parallel_for(context_, slabs, [&](std::int64_t i) {
+      T* out = largest.get() + i * y.cols;
+      std::fill_n(out, y.cols, T{0});
+      bool in_range = true;
+      for (std::int64_t r = i * slab; r < std::min(y.rows, (i + 1) * slab); ++r)
+        for (std::int64_t j = 0; j < y.cols; ++j) {
+          const T magnitude = std::abs(y.data[r * y.stride + j]);
+          out[j] = std::max(out[j], magnitude);
+          in_range &= magnitude <= std::numeric_limits<T>::max();
+        }
+      finite[i] = in_range;
+    });
+    check_in_range(std::all_of(finite.get(), finite.get() + slabs, [](bool f) { return f; }));
+    auto scale = scratch<T>(y.cols);
+    for (std::int64_t j = 0; j < y.cols; ++j) {
+      T value = 0;
+      for (std::int64_t i = 0; i < slabs; ++i) value = std::max(value, largest[i * y.cols + j]);
+      scale[j] = value > 0 ? power_of_two_inverse(value) : T{1};
+    }
+    rows(y.rows, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t r = first; r < last; ++r)
+        for (std::int64_t j = 0; j < y.cols; ++j) y.data[r * y.stride + j] *= scale[j];
+    });
+    done_ = false;
+  }
+  // y -= q (q^T y)
+  void project(Panel<T> y, Panel<T> q) {
+    if (done_) return;
+    inner(q, y, c_.get(), y.cols);
+    rows(y.rows, [&](std::int64_t first, std::int64_t last) {
+      blas::gemm('N', 'N', to_int(y.cols), to_int(last - first), to_int(q.cols), T{-1}, c_.get(),
+                 to_int(y.cols), q.data + first * q.stride, to_int(q.stride), T{1},
+                 y.data + first * y.stride, to_int(y.stride));
+    });
+  }
+  // The upper triangle of y^T y, in double.
+  void gram(Panel<T> y) {
+    if (done_) return;
+    sum_over_rows<double>(y.rows, y.cols * y.cols, gram_.get(),
+                          [&](std::int64_t first, std::int64_t last, double* out) {
+                            std::fill_n(out, y.cols * y.cols, 0.0);
+                            const auto wide = scratch<double>(kTile * y.cols);
+                            for (std::int64_t r0 = first; r0 < last; r0 += kTile) {
+                              const std::int64_t count = std::min(kTile, last - r0);
+                              for (std::int64_t r = 0; r < count; ++r)
+                                std::copy_n(y.data + (r0 + r) * y.stride, y.cols,
+                                            wide.get() + r * y.cols);
+                              blas::syrk(to_int(y.cols), to_int(count), 1, wide.get(),
+                                         to_int(y.cols), 1, out, to_int(y.cols));
+                            }
+                          });
+  }
+  void factor(std::int64_t cols, int pass) {
+    if (done_) return;
+    factor_ = factor_gram(gram_.get(), cols, pass, std::numeric_limits<T>::epsilon());
+    std::copy_n(gram_.get(), cols * cols, c_.get());
+  }
+  // y <- y W; columns that were found empty become random ones.
+  void apply(Panel<T> y, std::uint32_t stream) {
+    if (done_) return;
+    rows(y.rows, [&](std::int64_t first, std::int64_t last) {
+      blas::trmm(to_int(y.cols), to_int(last - first), c_.get(), to_int(y.cols),
+                 y.data + first * y.stride, to_int(y.stride));
+      if (factor_.empty.empty()) return;
+      const T scale = 1 / std::sqrt(static_cast<T>(y.rows));
+      const auto random = scratch<T>(y.cols);
+      for (std::int64_t r = first; r < last; ++r) {
+        fill_gaussian_rows(random.get() - r * y.cols, y.cols, r, r + 1, y.cols, seed_, stream);
+        for (std::int64_t j : factor_.empty) y.data[r * y.stride + j] = scale * random[j];
+      }
+    });
+    done_ = factor_.done;
+  }
+
+  // R = x^T t = P diag(S) W^T; c_ <- P, r_ <- W^T.
+  void small_svd(Panel<T> x, Panel<T> t) {
+    const std::int64_t l = basis_;
+    std::vector<Norm> norms(static_cast<std::size_t>(ceil_div(t.rows, kTile)));
+    rows(t.rows, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t i = first; i < last; ++i)
+        norms[static_cast<std::size_t>(first / kTile)].add(t.data + i * t.stride, l);
+    });
+    for (const Norm& n : norms) captured_.add(n);
+    check_in_range(std::isfinite(captured_.sum));
+    const auto r = scratch<T>(l * l);
+    inner(x, t, r.get(), l);
+    sigma_ = scratch<T>(l);
+    w_ = scratch<T>(l * l);
+    p_ = scratch<T>(l * l);
+    // BLAS sees R^T = W S P^T by columns: w_ holds W by columns, p_ holds P by rows.
+    if (!blas::gesdd(to_int(l), r.get(), to_int(l), sigma_.get(), w_.get(), to_int(l), p_.get(),
+                     to_int(l)))
+      throw LinAlgError("randomized_svd: the SVD of the projected matrix did not converge");
+  }
+
+  void factors(Panel<T> q, Panel<T> x) {
+    const std::int64_t k = plan_.rank, l = basis_;
+    std::copy_n(sigma_.get(), k, static_cast<T*>(s_.data));
+    const auto w = scratch<T>(l * k), p = scratch<T>(l * k);
+    for (std::int64_t i = 0; i < l; ++i)
+      for (std::int64_t j = 0; j < k; ++j) {
+        w[i * k + j] = w_[j * l + i];
+        p[i * k + j] = p_[i * l + j];
+      }
+    rotate(plan_.swapped ? x : q, plan_.swapped ? p.get() : w.get(), u_, false);
+    rotate(plan_.swapped ? q : x, plan_.swapped ? w.get() : p.get(), vh_, true);
+    fix_signs();
+    *info_ = svd_info(plan_, sigma_.get(), norm_.value(), captured_.value());
+  }
+
+ private:
+  static int to_int(std::int64_t size) { return static_cast<int>(size); }
+  static T power_of_two_inverse(T x) {  // finite for subnormal x too
+    return std::ldexp(T{1}, std::min(-std::ilogb(x), std::numeric_limits<T>::max_exponent - 1));
+  }
+  static std::int64_t slab_count(std::int64_t rows) {
+    return std::clamp<std::int64_t>(rows / 1024, 1, 64);
+  }
+
+  template <class Body>  // body(first, last) over tiles of rows
+  void rows(std::int64_t count, Body&& body) {
+    parallel_for(context_, ceil_div(count, kTile),
+                 [&](std::int64_t i) { body(i * kTile, std::min(count, (i + 1) * kTile)); });
+  }
+  // out = sum over slabs of rows, in order; body(first, last, partial) writes its part.
+  template <class Sum, class Body>
+  void sum_over_rows(std::int64_t count, std::int64_t size, Sum* out, Body&& body) {
+    const std::int64_t slabs = slab_count(count), slab = ceil_div(count, slabs);
+    const auto partial = scratch<Sum>((slabs - 1) * size);
+    parallel_for(context_, slabs, [&](std::int64_t i) {
+      body(i * slab, std::min(count, (i + 1) * slab),
+           i == 0 ? out : partial.get() + (i - 1) * size);
+    });
+    if (slabs == 1) return;
+    parallel_for(context_, ceil_div(size, 4096), [&](std::int64_t i) {
+      const std::int64_t first = i * 4096, last = std::min(size, first + 4096);
+      for (std::int64_t part = 0; part + 1 < slabs; ++part)
+        for (std::int64_t j = first; j < last; ++j) out[j] += partial[part * size + j];
+    });
+  }
+  // out (a.cols, b.cols) = a^T b, contiguous
+  void inner(Panel<T> a, Panel<T> b, T* out, std::int64_t ld) {
+    sum_over_rows<T>(
+        a.rows, a.cols * b.cols, out, [&](std::int64_t first, std::int64_t last, T* part) {
+          blas::gemm('N', 'T', to_int(b.cols), to_int(a.cols), to_int(last - first), T{1},
+                     b.data + first * b.stride, to_int(b.stride), a.data + first * a.stride,
+                     to_int(a.stride), T{0}, part, to_int(ld));
+        });
+  }
+  // out = basis c, or its transpose; c (basis, rank) row-major
+  void rotate(Panel<T> basis, const T* c, MatrixView out, bool transposed) {
+    const std::int64_t k = plan_.rank;
+    T* to = static_cast<T*>(out.data);
+    rows(basis.rows, [&](std::int64_t first, std::int64_t last) {
+      const std::int64_t count = last - first;
+      const T* from = basis.data + first * basis.stride;
+      const auto tile = scratch<T>(count * k);
+      if (!transposed) {
+        blas::gemm('N', 'N', to_int(k), to_int(count), to_int(basis.cols), T{1}, c, to_int(k), from,
+                   to_int(basis.stride), T{0}, tile.get(), to_int(k));
+        for (std::int64_t i = 0; i < count; ++i)
+          std::copy_n(tile.get() + i * k, k, to + (first + i) * out.row_stride);
+      } else {
+        blas::gemm('T', 'T', to_int(count), to_int(k), to_int(basis.cols), T{1}, from,
+                   to_int(basis.stride), c, to_int(k), T{0}, tile.get(), to_int(count));
+        for (std::int64_t j = 0; j < k; ++j)
+          std::copy_n(tile.get() + j * count, count, to + j * out.row_stride + first);
+      }
+    });
+  }
+  // Makes the entry of largest magnitude (the first of equals) of each column of U positive.
+  void fix_signs() {
+    const std::int64_t k = plan_.rank, tiles = ceil_div(u_.rows, kTile);
+    T* u = static_cast<T*>(u_.data);
+    const auto best = scratch<T>(tiles * k);
+    rows(u_.rows, [&](std::int64_t first, std::int64_t last) {
+      T* out = best.get() + first / kTile * k;
+      std::fill_n(out, k, T{0});
+      for (std::int64_t i = first; i < last; ++i)
+        for (std::int64_t j = 0; j < k; ++j)
+          if (std::abs(u[i * u_.row_stride + j]) > std::abs(out[j]))
+            out[j] = u[i * u_.row_stride + j];
+    });
+    std::vector<T> sign(static_cast<std::size_t>(k), T{0});
+    for (std::int64_t i = 0; i < tiles; ++i)
+      for (std::int64_t j = 0; j < k; ++j)
+        if (std::abs(best[i * k + j]) > std::abs(sign[j])) sign[j] = best[i * k + j];
+    for (T& value : sign) value = value < 0 ? T{-1} : T{1};
+    rows(u_.rows, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t i = first; i < last; ++i)
+        for (std::int64_t j = 0; j < k; ++j) u[i * u_.row_stride + j] *= sign[j];
+    });
+    parallel_for(context_, k, [&](std::int64_t j) {
+      T* row = static_cast<T*>(vh_.data) + j * vh_.row_stride;
+      if (sign[j] < 0)
+        for (std::int64_t i = 0; i < vh_.cols; ++i) row[i] = -row[i];
+    });
+  }
+
+  Norm* unmeasured() { return measured_ ? nullptr : &norm_; }
+  void check_finite() {
+    if (measured_) return;
+    measured_ = true;
+    if (!std::isfinite(norm_.sum)) throw LinAlgError("randomized_svd: A contains NaN or Inf");
+  }
+  static void check_in_range(bool finite) {
+    if (!finite)
+      throw LinAlgError("randomized_svd: a singular value of A exceeds the range of its type");
+  }
+
+  const Context context_;
+  const SvdPlan plan_;
+  const Operand<T> b_;
+  const std::uint64_t seed_;
+  const MatrixView u_;
+  const VectorView s_;
+  const MatrixView vh_;
+  SvdInfo* const info_;
+
+  const std::int64_t basis_;
+  const std::unique_ptr<T[]> q_, x_, t_, c_;
+  const std::unique_ptr<double[]> gram_;
+  std::unique_ptr<T[]> sigma_, w_, p_;
+  GramFactor factor_;
+  bool done_ = false, measured_ = false;
+  Norm norm_, captured_;
+};
+
+}  // namespace
+
+void randomized_svd_cpu(const Context& context, const StridedMatrixView& b, const SvdPlan& plan,
+                        std::uint64_t seed, MatrixView u, VectorView s, MatrixView vh,
+                        SvdInfo* info) {
+  STRUCTMAT_CHECK(plan.basis() <= 20000,
+                  "randomized_svd: a basis of " + std::to_string(plan.basis()) +
+                      " columns, wanted at most 20000 (LAPACK counts in 32 bits)");
+  const auto decompose = [&](auto element) {
+    CpuEngine<decltype(element)> engine(context, b, plan, seed, u, s, vh, info);
+    SvdAlgorithm<CpuEngine<decltype(element)>>(engine, plan).run();
+  };
+  if (b.dtype == DType::f64)
+    decompose(double{});
+  else
+    decompose(float{});
+}
+
+}  // namespace structmat

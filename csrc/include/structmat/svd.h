@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Truncated singular value decomposition from a few passes over the matrix.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+#include "structmat/context.h"
+#include "structmat/export.h"
+#include "structmat/matrix.h"
+
+namespace structmat {
+
+// Element (i, j) lies at data[i * row_stride + j * col_stride]: rows, columns, a transpose or any
+// slice. Strides may be zero.
+struct StridedMatrixView {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t row_stride = 0;
+  std::int64_t col_stride = 1;
+
+  StridedMatrixView() = default;
+  StridedMatrixView(const void* data, DType dtype, std::int64_t rows, std::int64_t cols,
+                    std::int64_t row_stride, std::int64_t col_stride)
+      : data(data),
+        dtype(dtype),
+        rows(rows),
+        cols(cols),
+        row_stride(row_stride),
+        col_stride(col_stride) {}
+  StridedMatrixView(const ConstMatrixView& m)
+      : StridedMatrixView(m.data, m.dtype, m.rows, m.cols, m.row_stride, 1) {}
+};
+
+struct SvdOptions {
+  std::int64_t rank = 0;                   // 1 .. min(m, n)
+  std::optional<std::int64_t> oversample;  // >= 0; default: at least 8, to a block of 16 columns
+  std::optional<std::int64_t> sweeps;      // >= 2 passes over A; default 5
+  std::uint64_t seed = 0;
+};
+
+// Facts about a decomposition; they lie where the matrices lie. All are doubles so that they can be
+// one tensor.
+struct SvdInfo {
+  double error;   // estimate of ||A - U S Vh||_F / ||A||_F
+  double norm;    // ||A||_F
+  double rank;    // singular values above max(m, n) eps S[0], at most the rank asked for
+  double sweeps;  // passes over A made
+  double finite;  // 1; 0 where A holds NaN or Inf or a product overflowed: then U, S and Vh are NaN
+};
+
+// A (m, n) ~ U diag(S) Vh: U (m, k), S (k,) descending, Vh (k, n), all of A's type, float32 for
+// 16-bit A. The entry of largest magnitude of each column of U is positive. On the CPU, NaN or Inf
+// in A throws LinAlgError; a GPU is not waited for, so there `info->finite` tells.
+STRUCTMAT_API void randomized_svd(const Context& context, const StridedMatrixView& a,
+                                  const SvdOptions& options, MatrixView u, VectorView s,
+                                  MatrixView vh, SvdInfo* info);
+
+// Device memory the call above asks for, in bytes: O((m + n) (rank + oversample)).
+STRUCTMAT_API std::size_t randomized_svd_workspace(const Context& context,
+                                                   const StridedMatrixView& a,
+                                                   const SvdOptions& options);
+
+}  // namespace structmat

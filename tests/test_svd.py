@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sm.linalg.randomized_svd against torch.linalg.svd in double precision."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from reference import LAYOUTS, UNIT, make
+
+import structmat as sm
+from structmat import _C
+
+SHAPES = [(1, 1), (1, 9), (9, 1), (7, 5), (33, 70), (130, 67), (97, 97)]
+ORTHOGONAL = {torch.float32: 1e-5, torch.float64: 1e-13}
+SPECTRA = {
+    "slow": lambda i: i**-0.5,
+    "harmonic": lambda i: 1 / i,
+    "steep": lambda i: i**-2.0,
+    "exponential": lambda i: torch.exp(-i / 4),
+    "step": lambda i: torch.where(i <= 12, 1.0, 0.05),  # repeated 12 times, rank 10 wanted
+    "flat": lambda i: torch.ones_like(i),
+    "rank 5": lambda i: (i <= 5).double(),
+    "condition 1e12": lambda i: torch.logspace(0, -12, len(i), dtype=torch.float64),
+    "condition 1e30": lambda i: torch.logspace(0, -30, len(i), dtype=torch.float64),
+    "zero": torch.zeros_like,
+}
+
+
+@pytest.fixture
+def backend(backend):
+    if backend.name != "cpu":
+        pytest.skip("randomized_svd has no CUDA kernels yet")
+    return backend
+
+
+def matrix(m, n, spectrum, dtype=torch.float64, scale=1.0):
+    """A matrix of known singular values, times `scale`."""
+    r = min(m, n)
+    left = torch.linalg.qr(torch.randn(m, r, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(n, r, dtype=torch.float64)).Q
+    sigma = SPECTRA[spectrum](torch.arange(1, r + 1, dtype=torch.float64))
+    return ((left * (scale * sigma)) @ right.T).to(dtype)
+
+
+def verify(A, rank, result, excess=0.02):
+    """Shapes, order, orthogonality, signs, singular values and error of a decomposition of A."""
+    dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+    eps = 2 * UNIT[dtype]
+    A = A.detach().cpu().double()
+    (m, n), k = A.shape, rank
+    for factor, shape in zip(result, ((m, k), (k,), (k, n)), strict=True):
+        assert factor.shape == shape
+        assert factor.dtype == dtype
+    U, S, Vh = (t.cpu().double() for t in result)
+    assert (S[1:] <= S[:-1]).all()
+    assert (S >= 0).all()
+    for basis in (U.T @ U, Vh @ Vh.T):
+        assert (basis - torch.eye(k)).abs().max() <= ORTHOGONAL[dtype]
+    assert (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
+
+    largest = A.abs().max().item() or 1.0
+    A, S = A / largest, S / largest
+    sigma = torch.linalg.svdvals(A)
+    norm = A.norm().item() or 1.0
+    best = sigma[k:].norm().item() / norm
+    error = (A - (U * S) @ Vh).norm().item() / norm
+    rounding = 30 * eps
+    assert error <= best * (1 + excess) + rounding
+    assert (S - sigma[:k] <= rounding * sigma[0]).all()  # Ritz values are never too large
+    # The estimate is the error, but for its floor.
+    info = result.info
+    assert info.error >= error * 0.9 - rounding
+    assert info.error <= error * 1.1 + max((8 * eps) ** 0.5, rounding)
+    assert info.rank <= k
+    return error, best
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shapes_and_layouts(backend, dtype, shape, layout):
+    rank = min(3, *shape)
+    A = make(*shape, dtype=dtype, device=backend.device, layout=layout)
+    kept = A.clone()
+    verify(A, rank, sm.linalg.randomized_svd(A, rank, oversample=3), excess=0.05)
+    assert torch.equal(A, kept)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_spectra(backend, dtype, spectrum, wide):
+    A = matrix(150, 90, spectrum, dtype).to(backend.device)
+    A = A.T if wide else A
+    result = sm.linalg.randomized_svd(A, 10)
+    verify(A, 10, result)
+    truth = torch.linalg.svdvals(A.cpu().double())[:10]
+    bound = 150 * 2 * UNIT[dtype] * truth[0]
+    if not ((truth > bound / 4) & (truth < 4 * bound)).any():
+        assert result.info.rank == int((truth > bound).sum())
+
+
+@pytest.mark.parametrize(
+    "A",
+    [
+        torch.eye(60),
+        torch.ones(70, 50),
+        torch.randn(70, 6, generator=torch.Generator().manual_seed(0)).repeat(1, 8),
+        torch.block_diag(torch.eye(3), torch.zeros(60, 50)),
+        torch.diag(torch.tensor([1.0, *[1e-20] * 49])),
+        torch.full((50, 40), -1e-38),
+        torch.randn(1, 50, generator=torch.Generator().manual_seed(1)).expand(64, 50),
+    ],
+    ids=["identity", "ones", "duplicates", "block", "tiny", "near underflow", "expanded"],
+)
+@pytest.mark.parametrize("sweeps", [2, 5])
+def test_degenerate(backend, A, sweeps):
+    A = A.to(backend.device)
+    verify(A, 8, sm.linalg.randomized_svd(A, 8, oversample=4, sweeps=sweeps))
+
+
+@pytest.mark.parametrize("rank", [1, 30, 57, 60])
+def test_large_ranks(backend, rank):
+    A = matrix(80, 60, "slow").to(backend.device)
+    verify(A, rank, sm.linalg.randomized_svd(A, rank), excess=0.05)
+
+
+def test_complete_basis_is_exact(backend):
+    A = matrix(40, 30, "slow").to(backend.device)
+    U, S, Vh = result = sm.linalg.randomized_svd(A, 10, oversample=20)
+    u, s, vh = torch.linalg.svd(A.cpu(), full_matrices=False)
+    assert result.info.sweeps == 2
+    torch.testing.assert_close(S.cpu(), s[:10], rtol=1e-13, atol=0)
+    sign = (u[:, :10] * U.cpu()).sum(0).sign()
+    torch.testing.assert_close(U.cpu(), u[:, :10] * sign, rtol=0, atol=1e-11)
+    torch.testing.assert_close(Vh.cpu(), vh[:10] * sign[:, None], rtol=0, atol=1e-11)
+    best = (s[10:].norm() / s.norm()).item()
+    assert abs(result.info.error - best) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float32, 1e30),
+        (torch.float32, 1e-30),
+        (torch.float64, 1e200),
+        (torch.float64, 1e-200),
+        (torch.float16, 6e4),
+        (torch.bfloat16, 1e30),
+    ],
+    ids=str,
+)
+def test_scale(backend, dtype, scale):
+    A = matrix(90, 60, "harmonic", dtype, scale).to(backend.device)
+    verify(A, 6, sm.linalg.randomized_svd(A, 6))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [(0, 0), (39, 52), (20, 7)])
+def test_non_finite(backend, dtype, bad, where):
+    A = make(40, 53, dtype=dtype, device=backend.device)
+    A[where] = bad
+    with pytest.raises(torch.linalg.LinAlgError, match="A contains NaN or Inf"):
+        sm.linalg.randomized_svd(A, 4)
+    U, S, Vh, _ = torch.ops.structmat.randomized_svd(A, 4, None, None, 0)
+    assert all(t.isnan().all() for t in (U, S, Vh))
+
+
+def test_singular_value_out_of_range(backend):
+    A = torch.full((60, 50), 3e38, device=backend.device)  # sigma_1 = 1.6e40
+    with pytest.raises(torch.linalg.LinAlgError, match="exceeds the range"):
+        sm.linalg.randomized_svd(A, 3)
+
+
+def test_sweeps_are_made_and_reported(backend):
+    torch.manual_seed(3)
+    A = matrix(200, 150, "slow").to(backend.device)
+    excess = []
+    for sweeps in range(2, 9):
+        result = sm.linalg.randomized_svd(A, 10, oversample=6, sweeps=sweeps)
+        assert result.info.sweeps == sweeps
+        error, best = verify(A, 10, result, excess=0.3)
+        excess.append(error / best - 1)
+    assert all(later < earlier for earlier, later in pairwise(excess))
+    assert excess[3] < 0.01  # the default, 5
+    assert excess[6] < 1e-3
+
+
+def test_a_block_holds_repeated_values():
+    """More equal singular values than a narrow Krylov block has columns: none may be missed."""
+    A = matrix(400, 300, "step")
+    _, S, _ = sm.linalg.randomized_svd(A, 12)
+    torch.testing.assert_close(S, torch.ones_like(S), rtol=1e-6, atol=0)
+
+
+def test_against_svd_lowrank():
+    """Never a larger error than torch's randomized SVD with its own oversampling and 6 passes."""
+    for spectrum in ("slow", "harmonic", "steep", "exponential"):
+        A = matrix(600, 500, spectrum)
+        U, S, V = torch.svd_lowrank(A, q=40, niter=2)
+        theirs = (A - (U[:, :30] * S[:30]) @ V[:, :30].T).norm()
+        U, S, Vh = sm.linalg.randomized_svd(A, 30)
+        assert (A - (U * S) @ Vh).norm() <= theirs * (1 + 1e-12)
+
+
+def test_estimate_follows_the_error():
+    for spectrum in ("slow", "harmonic", "step"):
+        for rank in (1, 8, 40):
+            A = matrix(300, 200, spectrum, torch.float32)
+            U, S, Vh = result = sm.linalg.randomized_svd(A, rank)
+            error = ((A - (U * S) @ Vh).double().norm() / A.double().norm()).item()
+            assert result.info.error == pytest.approx(error, rel=1e-3)
+
+
+def test_seed(backend):
+    A = make(60, 50, device=backend.device)
+    first, again, other = (sm.linalg.randomized_svd(A, 4, seed=s).U for s in (1, 1, 2**63 - 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_same_bits_for_any_thread_count(threads):
+    for A in (torch.randn(5000, 130), torch.randn(400, 700).T, torch.randn(3000, 90).bfloat16()):
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(sm.linalg.randomized_svd(A, 20))
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_numpy_gives_the_same_bits(dtype):
+    for A in (torch.randn(70, 50), torch.randn(50, 70).T, torch.randn(90, 120)[::2, 1::3]):
+        A = A.to(dtype)
+        wanted = sm.linalg.randomized_svd(A, 7, seed=3)
+        U, S, Vh, info = _C.randomized_svd(A.numpy(), 7, seed=3)
+        for ours, theirs in zip((U, S, Vh), wanted, strict=True):
+            assert np.array_equal(ours, theirs.numpy())
+        assert info["error"] == wanted.info.error
+        assert info["rank"] == wanted.info.rank
+        assert info["sweeps"] == wanted.info.sweeps
+
+
+def test_numpy_reads_any_strides():
+    A = np.random.default_rng(0).standard_normal((40, 30))
+    _, S, _, _ = _C.randomized_svd(A, 5, oversample=25)
+    for view in (A[::-1], A[:, ::-1], A.T[::-1, ::-1], np.asfortranarray(A)):
+        np.testing.assert_allclose(_C.randomized_svd(view, 5, oversample=25)[1], S, rtol=1e-12)
+
+
+def test_numpy_errors():
+    with pytest.raises(np.linalg.LinAlgError, match="A contains NaN or Inf"):
+        _C.randomized_svd(np.full((4, 3), np.nan), 2)
+    with pytest.raises(ValueError, match="rank is 4, wanted 1 to 3"):
+        _C.randomized_svd(np.ones((4, 3)), 4)
+    with pytest.raises(ValueError, match=r"A is empty, shape \(0, 3\)"):
+        _C.randomized_svd(np.ones((0, 3)), 1)
+    with pytest.raises(TypeError, match="must be float32, float64 or float16, got int64"):
+        _C.randomized_svd(np.ones((4, 3), np.int64), 1)
+
+
+BAD = [
+    (TypeError, "A must be a tensor, got list", {"A": [[1.0]]}),
+    (TypeError, "A is torch.int64, wanted one of torch.float32", {"A": torch.ones(4, 3).long()}),
+    (TypeError, "A is torch.complex64", {"A": torch.ones(4, 3, dtype=torch.complex64)}),
+    (TypeError, "A must be dense", {"A": torch.ones(4, 3).to_sparse()}),
+    (ValueError, "A must have 2 dimensions, got 3", {"A": torch.ones(2, 4, 3)}),
+    (ValueError, r"A is empty, shape \(0, 3\)", {"A": torch.ones(0, 3)}),
+    (ValueError, r"A is empty, shape \(4, 0\)", {"A": torch.ones(4, 0)}),
+    (ValueError, r"rank is 0, wanted 1 to 3 for A of shape \(4, 3\)", {"rank": 0}),
+    (ValueError, "rank is -2", {"rank": -2}),
+    (ValueError, "rank is 4, wanted 1 to 3", {"rank": 4}),
+    (TypeError, "rank must be an integer, got float", {"rank": 2.0}),
+    (ValueError, "oversample is -1", {"oversample": -1}),
+    (ValueError, "sweeps is 1, wanted at least 2", {"sweeps": 1}),
+    (ValueError, "seed is -1", {"seed": -1}),
+    (ValueError, "seed is 9223372036854775808", {"seed": 2**63}),
+    (RuntimeError, "A requires grad", {"A": torch.ones(4, 3, requires_grad=True)}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "changed"), BAD, ids=[b[1][:30] for b in BAD])
+def test_bad_input(error, message, changed):
+    arguments = {"A": torch.ones(4, 3), "rank": 2} | changed
+    with pytest.raises(error, match=message):
+        sm.linalg.randomized_svd(**arguments)
+
+
+def test_operator_checks_too():
+    operator = torch.ops.structmat.randomized_svd
+    with pytest.raises(RuntimeError, match="rank is 4, wanted 1 to 3"):
+        operator(torch.ones(4, 3), 4, None, None, 0)
+    with pytest.raises(RuntimeError, match="A must be float32"):
+        operator(torch.ones(4, 3).long(), 1, None, None, 0)
+
+
+def test_no_grad_accepts_parameters():
+    weight = torch.nn.Linear(12, 9).weight
+    with torch.no_grad():
+        verify(weight, 4, sm.linalg.randomized_svd(weight, 4))
+
+
+def test_opcheck():
+    for A in (torch.randn(12, 9), torch.randn(9, 12, dtype=torch.float64).T, torch.eye(6).half()):
+        torch.library.opcheck(torch.ops.structmat.randomized_svd.default, (A, 3, None, None, 0))
+
+
+def test_compile(backend):
+    def low_rank(A):
+        U, S, Vh = result = sm.linalg.randomized_svd(A, 3, seed=1)
+        return (U * S) @ Vh, result
+
+    A = torch.randn(20, 30, device=backend.device)
+    compiled = torch.compile(low_rank, fullgraph=True, backend="aot_eager")
+    product, result = compiled(A)
+    eager, wanted = low_rank(A)
+    torch.testing.assert_close(product, eager)
+    assert all(map(torch.equal, result, wanted))
+    assert result.info.error == wanted.info.error
+
+
+def test_result_is_a_triple_with_facts():
+    result = sm.linalg.randomized_svd(torch.eye(8), 2)
+    assert isinstance(result, tuple)
+    assert len(result) == 3
+    assert result.info.converged
+    assert repr(result.info).startswith("SVDInfo(rank=2, sweeps=2, error=0.866")
