@@ -347,6 +347,61 @@ def test_report_reads_well() -> None:
     assert report.tokens == sum(int(b["attention_mask"].sum()) for b in batches())
 
 
+@pytest.mark.parametrize("ranks", ["uniform", "global"])
+def test_sequential(ranks: str) -> None:
+    """Better than one shot on the data, and every error as predicted from the moments."""
+    data, original = batches(12), bert()
+    errors = []
+    for sequential in (False, True):
+        model = copy.deepcopy(original)
+        report = sm.compress(
+            model, 0.4, ranks=ranks, sequential=sequential, calibration=data, filter="encoder.*"
+        )
+        error = 0.0
+        for batch in data:
+            with torch.no_grad():
+                difference = model(**batch)[0] - original(**batch)[0]
+            error += difference[batch["attention_mask"].bool()].double().square().sum().item()
+        errors.append(error)
+        assert report.kept <= 0.4
+        for layer in report.layers:
+            if layer.rank:
+                assert layer.measured_error == pytest.approx(layer.predicted_error, rel=1e-3)
+    assert errors[1] < {"uniform": 0.9, "global": 0.97}[ranks] * errors[0]
+    # What the report calls measured is what an outsider sees between the two models.
+    X, X2 = inputs_of(original, WIDE, data), inputs_of(model, WIDE, data)
+    Y = X @ original.get_submodule(WIDE).weight.detach().double().T
+    Y2 = X2 @ dense(model.get_submodule(WIDE)).T
+    entry = next(layer for layer in report.layers if layer.name == WIDE)
+    error = torch.linalg.norm(Y - Y2) / torch.linalg.norm(Y)
+    assert entry.measured_error == pytest.approx(error.item(), rel=1e-4)
+
+
+def test_regression_matches_alternating_least_squares() -> None:
+    """Reduced-rank regression in closed form against iterations on (U, V), in double precision."""
+    torch.manual_seed(0)
+    W = torch.randn(10, 14, dtype=DOUBLE)
+    X = torch.randn(300, 14, dtype=DOUBLE)
+    X2 = X + 0.3 * torch.randn(300, 14, dtype=DOUBLE)
+    first = factor.whitened(W, X.T @ X if factor.on_input_side(W) else W @ X.T @ X @ W.T).head(4)
+    found = factor.regressed(W, first, X2.T @ X2, X.T @ X2, keep_U=False)
+    ridge = 1e-2 * X2.square().sum() / 14 * torch.eye(14, dtype=DOUBLE)
+    U = torch.randn(10, 4, dtype=DOUBLE)
+    # The ridge pulls towards W: the same problem with extra rows whose target is W's own output.
+    rows = torch.cat([X2, torch.linalg.cholesky(ridge).T])
+    target = torch.cat([X @ W.T, torch.linalg.cholesky(ridge).T @ W.T])
+    star = torch.linalg.lstsq(rows, target).solution.T
+    for _ in range(500):  # on W* in the norm of the inputs, as the closed form states
+        V = torch.linalg.lstsq(U, star).solution
+        U = torch.linalg.lstsq((X2 @ V.T), X2 @ star.T).solution.T
+    torch.testing.assert_close(found.U @ found.V, U @ V, rtol=1e-5, atol=1e-5)
+    errors = factor.regression_errors(
+        W, found, X2.T @ X2, X.T @ X2, (X @ W.T).square().sum().item()
+    )
+    direct = (X @ W.T - X2 @ (found.U @ found.V).T).square().sum()
+    torch.testing.assert_close(errors[-1], direct)
+
+
 def nan_weight(model: nn.Module) -> None:
     model.get_submodule(LAYER).weight.data[0, 0] = float("nan")
 

@@ -140,22 +140,26 @@ def gram(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
+def modules_of(targets: Iterable[Target]) -> list[tuple[Target, nn.Module]]:
+    return [(target, module) for target in targets for module in target.modules]
+
+
 @contextmanager
 def observing(
-    targets: Sequence[Target], see: Callable[[Target, nn.Module, Tensor, Tensor], Tensor | None]
+    modules: Iterable[tuple[Target, nn.Module]],
+    see: Callable[[Target, nn.Module, Tensor, Tensor], Tensor | None],
 ) -> Iterator[None]:
-    """Calls ``see(target, module, x, y)`` after each target; a tensor returned replaces ``y``."""
+    """Calls ``see(target, module, x, y)`` after each module; a tensor returned replaces ``y``."""
     handles = []
     try:
-        for target in targets:
-            for module in target.modules:
+        for target, module in modules:
 
-                def hook(
-                    module: nn.Module, args: Any, kwargs: Any, y: Tensor, target: Target = target
-                ) -> Tensor | None:
-                    return see(target, module, args[0] if args else next(iter(kwargs.values())), y)
+            def hook(
+                module: nn.Module, args: Any, kwargs: Any, y: Tensor, target: Target = target
+            ) -> Tensor | None:
+                return see(target, module, args[0] if args else next(iter(kwargs.values())), y)
 
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -182,7 +186,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def call_order(model: nn.Module, targets: list[Target], calibration: Calibration) -> list[Target]:
     """Targets in the order in which the first batch reaches them, then those it does not."""
     order: dict[Target, None] = {}
-    with torch.no_grad(), observing(targets, lambda target, *_: order.setdefault(target)):
+
+    def note(target: Target, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        order.setdefault(target)
+
+    with torch.no_grad(), observing(modules_of(targets), note):
         run(model, next(iter(calibration)))
     return list(order) + [target for target in targets if target not in order]
 
@@ -215,7 +223,7 @@ def moments(
         assert product is not None
         sums[target] = sums[target].add_(product) if target in sums else product.clone()
 
-    with torch.no_grad(), observing(targets, see):
+    with torch.no_grad(), observing(modules_of(targets), see):
         for batch in calibration:
             mask = mask_of(batch)
             run(model, batch)

@@ -18,6 +18,7 @@ from .calibrate import (
     call_order,
     evaluating,
     mask_of,
+    modules_of,
     moments,
     observing,
     rows,
@@ -29,6 +30,7 @@ from .layers import Filter, Target, find_targets, replace
 from .memory import PeakMemory
 from .report import CompressionReport, LayerReport, attach
 from .sensitivity import Sensitivity, fisher_weights, sensitivities
+from .sequential import fit_in_sequence
 
 METHODS = ("svd", "fisher", "whitened")
 RANKS = ("uniform", "global")
@@ -142,10 +144,16 @@ def compress(
             targets = call_order(model, targets, data)
         plans = _factor(model, targets, data, keep, method, ranks, objective, seed, tell)
         for plan in plans:
-            if plan.factors is not None and plan.rank is not None:
-                plan.places = dict(plan.target.replacements(plan.factors.head(plan.rank)))
-        if data is not None:
-            _measure(model, plans, data, tell)
+            if plan.factors is not None:
+                plan.factors = None if plan.rank is None else plan.factors.head(plan.rank)
+        if sequential and data is not None:
+            _refit(model, plans, data, tell, keep_U=ranks == "global")
+        else:
+            for plan in plans:
+                if plan.factors is not None:
+                    plan.places = dict(plan.target.replacements(plan.factors))
+            if data is not None:
+                _measure(model, plans, data, tell)
     for plan in plans:
         replace(model, plan.places)
     layers = [_report(plan) for plan in plans]
@@ -308,6 +316,16 @@ def _counter(stage: str, total: int, tell: Progress) -> Callable[[], None]:
     return step
 
 
+def _refit(
+    model: nn.Module, plans: list[_Plan], data: Calibration, tell: Progress, *, keep_U: bool
+) -> None:
+    begun = {plan.target: plan.factors for plan in plans if plan.factors is not None}
+    fits = fit_in_sequence(model, begun, data, tell, keep_U=keep_U)
+    for plan in plans:
+        if plan.target in fits:
+            plan.places, plan.error, plan.measured = fits[plan.target]
+
+
 def _measure(model: nn.Module, plans: list[_Plan], data: Calibration, tell: Progress) -> None:
     """Relative output errors of the new layers on the calibration data."""
     by_target = {plan.target: plan for plan in plans if plan.places}
@@ -322,7 +340,7 @@ def _measure(model: nn.Module, plans: list[_Plan], data: Calibration, tell: Prog
         sums[target][1] += bare.double().square().sum().item()
 
     step = _counter("measure", data.batches, tell)
-    with torch.no_grad(), observing(list(by_target), see):
+    with torch.no_grad(), observing(modules_of(by_target), see):
         for batch in data:
             mask = mask_of(batch)
             run(model, batch)

@@ -21,6 +21,7 @@ from torch import Tensor
 # Of the mean eigenvalue, added to the output sensitivity before it is inverted: directions that
 # the sampled gradients never showed still count.
 _LEFT_DAMPING = 1e-3
+_RIDGE = 1e-2  # of the mean input energy
 
 
 class Factors(NamedTuple):
@@ -114,9 +115,44 @@ def errors(W: Tensor, factors: Factors, moment: Tensor, left: Tensor | None = No
         cross = moment @ dual
         inner = dual.T @ cross
         total = moment if left is not None else moment.trace()
-    LU = U if left is None else left @ U
     total = total if left is None else (left * total).sum()
+    return _prefix_errors(total, U, U if left is None else left @ U, cross, inner)
+
+
+def regressed(
+    W: Tensor, factors: Factors, moment: Tensor, cross: Tensor, *, keep_U: bool
+) -> Factors:
+    """Factors for other inputs ``x'`` than the weight's own ``x``: least ``E||W x - U V x'||^2``.
+
+    ``moment = sum x' x'^T``, ``cross = sum x x'^T``, both ``(n, n)``. The best dense matrix is
+    ``W* = W E[x x'^T] E[x' x'^T]^-1``; a ridge of 1 % of the mean input energy pulls it towards
+    ``W``, so that directions without data stay as they were. Then ``U`` holds the top eigenvectors
+    of ``W* E[x' x'^T] W*^T`` (reduced-rank regression; Izenman 1975) and ``V = U^T W*``; with
+    ``keep_U`` only ``V = dual^T W*``.
+    """
+    W = W.double()
+    ridge = _RIDGE * moment.diagonal().mean()
+    if ridge > 0:
+        pull = W @ (cross - moment)
+        damped = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+        W = W + torch.linalg.solve(damped, pull.T).T
+    if keep_U:
+        return factors._replace(V=factors.dual.T @ W)
+    values, Q = torch.linalg.eigh(moment)
+    rank = factors.U.shape[1]
+    return _factors(W, W @ (Q * values.clamp_min(0).sqrt())).head(rank)
+
+
+def regression_errors(
+    W: Tensor, factors: Factors, moment: Tensor, cross: Tensor, energy: float
+) -> Tensor:
+    """``sum ||W x - U[:, :r] V[:r] x'||^2`` for ``r = 0 .. k``; ``energy = sum ||W x||^2``."""
+    U, V = factors.U, factors.V
+    total = torch.tensor(energy, dtype=torch.float64, device=U.device)
+    return _prefix_errors(total, U, U, W.double() @ (cross @ V.T), V @ (moment @ V.T))
+
+
+def _prefix_errors(total: Tensor, U: Tensor, LU: Tensor, cross: Tensor, inner: Tensor) -> Tensor:
     linear = (LU * cross).sum(0).cumsum(0)
     quadratic = ((U.T @ LU) * inner).cumsum(0).cumsum(1).diagonal()
-    result = torch.cat([total.reshape(1), total - 2 * linear + quadratic])
-    return result.clamp_min(0)
+    return torch.cat([total.reshape(1), total - 2 * linear + quadratic]).clamp_min(0)

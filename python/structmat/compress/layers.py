@@ -139,6 +139,12 @@ def replace(model: nn.Module, layers: dict[str, nn.Module]) -> None:
             source = bias_of(old) if part == "bias" else weight
             parameter.requires_grad_((weight if source is None else source).requires_grad)
         layer.train(old.training)
+    put(model, layers)
+
+
+def put(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Sets each named submodule, and nothing else."""
+    for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
 

@@ -23,6 +23,7 @@ from .calibrate import (
     check_reached,
     main_output,
     mask_of,
+    modules_of,
     observing,
     run,
     sequences,
@@ -147,7 +148,7 @@ def _gradients(
             calls.append(_Call(target, module, x.detach(), y, y))
             return y.clone()  # what follows may write to it
 
-        with torch.enable_grad(), observing(targets, see):
+        with torch.enable_grad(), observing(modules_of(targets), see):
             output = run(model, batch)
             value = objective(output, batch) if objective else main_output(output)
         if not isinstance(value, Tensor) or not value.requires_grad:
