@@ -23,7 +23,7 @@ def output(*command: str) -> str:
 def machine(device: str) -> dict[str, str]:
     query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     return {
-        "device": output(*query) if device == "cuda" else "cpu (self-test, no GPU)",
+        "device": output(*query) or "no GPU found" if device == "cuda" else "cpu (self-test)",
         "python": sys.version.split()[0],
         "nvcc": "".join(re.findall(r"release (\S+),", output("nvcc", "--version"))),
         "commit": output("git", "rev-parse", "HEAD"),
@@ -45,10 +45,10 @@ def tests(path: Path) -> dict[str, Any]:
         return {}
     suite = next(ElementTree.parse(path).iter("testsuite"))
     counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    cases = [case for case in suite.iter("testcase") if case.find("failure") is not None]
     messages = {
-        f"{case.get('classname')}::{case.get('name')}": (case.find("failure").get("message") or "")
-        for case in cases
+        f"{case.get('classname')}::{case.get('name')}": problem.get("message") or ""
+        for case in suite.iter("testcase")
+        for problem in [*case.findall("failure"), *case.findall("error")]
     }
     return {**counts, "failed": messages}
 
@@ -91,9 +91,10 @@ def main() -> None:
 
     page = ["# GPU check", table([report["machine"]]), "## Stages", table(report["stages"])]
     if report["tests"]:
-        page += ["## Tests", table([report["tests"]])]
-        for name, message in report["tests"]["failed"].items():
-            page.append(f"- `{name}`: {message.splitlines()[0] if message else 'failed'}")
+        failed = list(report["tests"]["failed"].items())
+        lines = [f"- `{name}`: {(message or 'failed').splitlines()[0]}" for name, message in failed]
+        more = [f"- and {len(lines) - 40} more"] if len(lines) > 40 else []
+        page += ["## Tests", table([report["tests"]]), "\n".join(lines[:40] + more)]
     for name, bench in report["benches"].items():
         rows = rows_of(bench)
         page += [f"## {name}", table(rows) if rows else "No measurement was finished."]

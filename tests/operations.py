@@ -14,30 +14,38 @@ import structmat as sm
 @dataclass(frozen=True)
 class Operation:
     name: str
-    inputs: dict[str, tuple[int, ...]]  # all differentiable
-    function: Callable[..., torch.Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+    differentiable: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
     def make(self, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
         torch.manual_seed(0)  # small numbers: the gradients must fit float16
-        return [(torch.randn(s) / 8).to(dtype).to(device) for s in self.inputs.values()]
+        return [(torch.randn(shape) / 8).to(dtype).to(device) for shape in self.shapes]
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The result, and the gradients of the sum of its squares."""
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        y = self.function(*leaves)
-        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+        """The results, and the gradients of the sum of the first one's squares."""
+        leaves = [t.detach().requires_grad_(self.differentiable) for t in inputs]
+        found = self.function(*leaves)
+        results = [found] if isinstance(found, torch.Tensor) else list(found)
+        if self.differentiable:
+            results += torch.autograd.grad(results[0].square().sum(), leaves)
+        return [t.detach() for t in results]
 
 
 def low_rank(name: str, tokens: int, m: int, n: int, r: int) -> Operation:
-    shapes = {"x": (tokens, n), "U": (m, r), "V": (r, n), "bias": (m,)}
-    return Operation(name, shapes, sm.ops.low_rank_linear)
+    return Operation(name, ((tokens, n), (m, r), (r, n), (m,)), sm.ops.low_rank_linear)
+
+
+def gaussian(like: torch.Tensor) -> torch.Tensor:
+    return torch.ops.structmat.gaussian(like, 37, 129, 3, 1)
 
 
 OPERATIONS = [
     low_rank("low_rank_linear", 67, 96, 80, 24),
     low_rank("low_rank_linear, odd sizes", 33, 41, 57, 13),
     low_rank("low_rank_linear, one token", 1, 96, 80, 24),
+    Operation("gaussian", ((0,),), gaussian, False, (torch.float32, torch.float64)),
 ]
 
 

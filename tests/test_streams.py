@@ -6,7 +6,11 @@ import torch
 from conftest import Backend
 from operations import OPERATIONS, Operation
 
-every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
+every_operation = pytest.mark.parametrize(
+    ("operation", "dtype"),
+    [(operation, dtype) for operation in OPERATIONS for dtype in operation.dtypes],
+    ids=lambda value: value.name if isinstance(value, Operation) else str(value)[6:],
+)
 on_gpu = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 
 
