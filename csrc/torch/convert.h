@@ -122,6 +122,26 @@ inline MatrixView matrix_view(const Tensor& t, const char* op, const char* name)
 
 constexpr std::size_t kMaxDims = 64;  // torch's own limit
 
+// An uninitialized contiguous tensor of the dtype and device of `like`. torch::stable::new_empty
+// goes through the dispatcher by name, which costs 0.7 us more.
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::int64_t strides[kMaxDims];
+  std::int64_t step = 1;
+  for (std::size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  std::int32_t dtype = 0, device = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()),
+                                                  sizes.data(), strides, dtype, device, index,
+                                                  &handle));
+  return Tensor(handle);
+}
+
 // t (..., n) as a matrix of rows, its leading dimensions taken as one; copies only where strides
 // leave no single step from row to row.
 struct Rows {

@@ -15,11 +15,11 @@ Tensor new_rows(const Tensor& like, std::int64_t last) {
   std::int64_t shape[kMaxDims];
   std::copy(sizes.begin(), sizes.end(), shape);
   shape[sizes.size() - 1] = last;
-  return torch::stable::new_empty(like, {shape, sizes.size()});
+  return new_tensor(like, {shape, sizes.size()});
 }
 
 Tensor nothing(const Tensor& like) {
-  return torch::stable::new_empty(like, {0});
+  return new_tensor(like, {0});
 }
 
 struct Factors {  // U (m, r), V (r, n), bias (m,)
@@ -36,7 +36,8 @@ struct Factors {  // U (m, r), V (r, n), bias (m,)
     v = matrix_view(v_rows, op, "V");
     if (!b) return;
     check_same_device(x, *b, op, "bias");
-    bias_ = torch::stable::contiguous(*b);
+    const bool fine = b->dim() != 1 || b->stride(0) == 1 || b->size(0) <= 1;
+    bias_ = fine ? *b : torch::stable::contiguous(*b);
     bias = vector_view(*bias_, op, "bias");
   }
 
@@ -90,9 +91,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
 
   LowRankGradients grads;
   Tensor dx = need_x ? new_rows(dy, n) : nothing(dy);
-  Tensor dU = hidden ? torch::stable::new_empty(U, {m, r}) : nothing(dy);
-  Tensor dV = x ? torch::stable::new_empty(V, {r, n}) : nothing(dy);
-  Tensor db = need_bias ? torch::stable::new_empty(dy, {m}) : nothing(dy);
+  Tensor dU = hidden ? new_tensor(U, {m, r}) : nothing(dy);
+  Tensor dV = x ? new_tensor(V, {r, n}) : nothing(dy);
+  Tensor db = need_bias ? new_tensor(dy, {m}) : nothing(dy);
   if (need_x) grads.x = {dx.data_ptr(), dtype, tokens, n, n};
   if (hidden) grads.u = {dU.data_ptr(), dtype, m, r, r};
   if (x) grads.v = {dV.data_ptr(), dtype, r, n, n};

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_linear = torch.ops.structmat.low_rank_linear.default
+_linear_train = torch.ops.structmat.low_rank_linear_train.default
+_linear_backward = torch.ops.structmat.low_rank_linear_backward.default
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -46,7 +49,7 @@ def low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None)
         True
     """
     try:
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
             x, U, V, bias = _autocast(x, U, V, bias)
         if torch.is_grad_enabled() and (
             x.requires_grad
@@ -56,9 +59,9 @@ def low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None)
         ):
             # An operator of its own: the autograd kernel costs 3 us a call even where it has
             # nothing to record, as much as the product of a single row.
-            y, _ = torch.ops.structmat.low_rank_linear_train.default(x, U, V, bias, U.requires_grad)
+            y, _ = _linear_train(x, U, V, bias, U.requires_grad)
             return y
-        return torch.ops.structmat.low_rank_linear.default(x, U, V, bias)
+        return _linear(x, U, V, bias)
     except (RuntimeError, AttributeError):
         _check(x, U, V, bias)  # says what was wrong, where it was the arguments
         raise
@@ -150,7 +153,7 @@ def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | 
     need_x, need_U, need_V, need_bias, _ = ctx.needs_input_grad
     if torch.is_grad_enabled() or dh is not None or dy is None:
         return *_differentiable_backward(dy, dh, x, U, V, hidden, ctx.needs_input_grad), None
-    dx, dU, dV, db = torch.ops.structmat.low_rank_linear_backward.default(
+    dx, dU, dV, db = _linear_backward(
         dy, x if need_V else None, U, V, hidden if need_U else None, need_x, need_bias
     )
     return (

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// C (m, n) = A B^T + bias for few rows of A: the time is that of reading B (n, k) once, as it lies
+// in memory. Each element is one chain of vector sums along k, added up at the end in one order: no
+// tiling or thread changes a bit. For files under structmat_simd_sources (everything is in an
+// anonymous namespace).
+#pragma once
+#include <algorithm>
+
+#include "parallel.h"
+#include "vec.h"
+
+namespace structmat {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kDotRows = 8;  // rows of B at a time, times up to 3 of A: 24 sums in 32 registers
+#else
+constexpr int kDotRows = 4;
+#endif
+constexpr int kDotTokens = 3;
+
+// Lane i of the result: the sum of all lanes of v[i]. A round adds each pair of vectors by one
+// blend and one shuffle: lanes whose bit kRound is set go on with the second. Fewer vectors than
+// lanes: the last rounds add a vector to itself, and lanes repeat.
+template <class S, int kRound = 1, int kCount>
+inline Vec<S> sum_lanes(const Vec<S> (&v)[kCount]) {
+  constexpr int n = kLanes<S>;
+  static_assert(kCount <= n);
+  if constexpr (kRound == n) {
+    return v[0];
+  } else {
+    constexpr int left = kCount > 1 ? kCount / 2 : 1, other = kCount > 1 ? 1 : 0;
+    Vec<S> sums[left];
+#pragma GCC unroll 8
+    for (int i = 0; i < left; ++i) {
+      const Vec<S> a = v[i * (1 + other)], b = v[i * (1 + other) + other];
+      sums[i] = shuffle<S>(a, b, [](int lane) { return lane + ((lane & kRound) != 0 ? n : 0); }) +
+                shuffle<S>(a, b, [](int lane) {
+                  return (lane ^ kRound) + ((lane & kRound) != 0 ? n : 0);
+                });
+    }
+    return sum_lanes<S, 2 * kRound>(sums);
+  }
+}
+
+// out[t * kDotRows + j] = a_t . b_j
+template <class S, class T, int kTokens>
+inline void dots(std::int64_t k, const S* a, std::int64_t a_stride, const T* b,
+                 const std::int64_t (&offset)[kDotRows], S* out) {
+  constexpr int w = kLanes<S>;
+  Vec<S> sum[kTokens][kDotRows] = {};
+  const auto step = [&](std::int64_t p, auto&& load_b, auto&& load_a) {
+    Vec<S> value[kTokens];
+#pragma GCC unroll 3
+    for (int t = 0; t < kTokens; ++t) value[t] = load_a(a + t * a_stride + p);
+#pragma GCC unroll 8
+    for (int j = 0; j < kDotRows; ++j) {
+      const Vec<S> weight = load_b(b + offset[j] + p);
+#pragma GCC unroll 3
+      for (int t = 0; t < kTokens; ++t) sum[t][j] = fma(value[t], weight, sum[t][j]);
+    }
+  };
+  std::int64_t p = 0;
+  for (; p + w <= k; p += w)
+    step(p, [](const T* q) { return load_wide<S>(q); }, [](const S* q) { return load(q); });
+  if (p < k)
+    step(
+        p, [&](const T* q) { return load_wide_part<S>(q, static_cast<int>(k - p)); },
+        [&](const S* q) { return load_wide_part<S>(q, static_cast<int>(k - p)); });
+  if constexpr (kDotRows <= w) {
+#pragma GCC unroll 3
+    for (int t = 0; t < kTokens; ++t) {
+      const Vec<S> sums = sum_lanes<S>(sum[t]);
+      std::memcpy(out + t * kDotRows, &sums, kDotRows * sizeof(S));
+    }
+  } else {  // two lanes: doubles of the baseline
+    for (int t = 0; t < kTokens; ++t)
+      for (int j = 0; j < kDotRows; ++j) out[t * kDotRows + j] = sum[t][j][0] + sum[t][j][1];
+  }
+}
+
+// Columns [j0, j1) of C: rows of B. A is (m, k) of the sums' type.
+template <class S, class T, class TC>
+void few_rows_range(std::int64_t m, std::int64_t k, const S* a, std::int64_t a_stride, const T* b,
+                    std::int64_t b_stride, const TC* bias, TC* c, std::int64_t c_stride,
+                    std::int64_t j0, std::int64_t j1) {
+  const std::int64_t groups = ceil_div(m, kDotTokens);
+  for (std::int64_t j = j0; j < j1; j += kDotRows) {
+    std::int64_t offset[kDotRows];  // rows past the last read it again and are not written
+    for (int i = 0; i < kDotRows; ++i) offset[i] = std::min(j + i, j1 - 1) * b_stride;
+    const int live = static_cast<int>(std::min<std::int64_t>(kDotRows, j1 - j));
+    alignas(64) S start[kDotRows] = {};
+    if (bias != nullptr) convert(bias + j, start, live);
+    for (std::int64_t group = 0; group < groups; ++group) {
+      const std::int64_t t = m * group / groups;
+      const int tokens = static_cast<int>(m * (group + 1) / groups - t);
+      alignas(64) S out[kDotTokens * kDotRows];
+      if (tokens == 3)
+        dots<S, T, 3>(k, a + t * a_stride, a_stride, b, offset, out);
+      else if (tokens == 2)
+        dots<S, T, 2>(k, a + t * a_stride, a_stride, b, offset, out);
+      else
+        dots<S, T, 1>(k, a + t * a_stride, a_stride, b, offset, out);
+      if (bias != nullptr)
+        for (int s = 0; s < tokens; ++s)
+          for (int i = 0; i < live; ++i) out[s * kDotRows + i] += to_float(bias[j + i]);
+      for (int s = 0; s < tokens; ++s)
+        convert(out + s * kDotRows, c + (t + s) * c_stride + j, live);
+    }
+  }
+}
+
+template <class S, class T, class TC>
+void few_rows(const Context& context, std::int64_t m, std::int64_t n, std::int64_t k, const S* a,
+              std::int64_t a_stride, const T* b, std::int64_t b_stride, const TC* bias, TC* c,
+              std::int64_t c_stride) {
+  if (m == 0 || n == 0) return;
+  // A core reads 100 bytes from its cache or does 150 operations in a nanosecond; another thread
+  // pays from 2.5 us of work on.
+  const std::int64_t numbers = n * k;
+  const std::int64_t nanoseconds =
+      numbers * static_cast<std::int64_t>(sizeof(T)) / 100 + 2 * numbers * m / 150;
+  const std::int64_t tasks = std::clamp<std::int64_t>(nanoseconds / 2500, 1, thread_count(context));
+  const std::int64_t step = ceil_div(ceil_div(n, kDotRows), tasks) * kDotRows;
+  parallel_for(context, ceil_div(n, step), [&](std::int64_t task) {
+    few_rows_range(m, k, a, a_stride, b, b_stride, bias, c, c_stride, task * step,
+                   std::min(n, (task + 1) * step));
+  });
+}
+
+}  // namespace
+}  // namespace structmat
