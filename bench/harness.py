@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How every bench measures: contenders in one process, one run each in turn, medians of many.
+
+A contender is a function without arguments. Before it is timed its answer is compared with the
+reference's. The roofline is measured in the same run: the rate of a large product and the bandwidth
+of a sum over memory that no cache holds; `floor` is the time they allow at best.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import structmat as sm
+
+Contender = Callable[[], Any]
+OUT = Path(__file__).parent / "out"
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options all benches share."""
+    options = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options.add_argument("--tiny", action="store_true", help="small sizes: does it run at all")
+    options.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    options.add_argument("--json", type=Path, help="where the rows go (default: bench/out)")
+    return options
+
+
+def start(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def check(contenders: dict[str, Contender], reference: Any, tolerance: float) -> None:
+    """Raises unless every answer is within `tolerance` (relative, Frobenius) of the reference."""
+    wanted = reference if isinstance(reference, Sequence) else [reference]
+    for name, contender in contenders.items():
+        answer = contender()
+        answers = answer if isinstance(answer, Sequence) else [answer]
+        for got, want in zip(answers, wanted, strict=True):
+            want = want.double().to(got.device)
+            error = (got.detach().double() - want).norm() / want.norm().clamp_min(1e-300)
+            if not error <= tolerance:
+                raise AssertionError(f"{name} is off by {error:.2g}, allowed {tolerance:.2g}")
+
+
+def _captured(contender: Contender) -> Contender:
+    """The contender as a CUDA graph: what the GPU does, without what it costs to ask for it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            contender()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        contender()
+    return graph.replay
+
+
+def _seconds_cuda(contender: Contender, repeats: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        contender()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / repeats / 1e3
+
+
+def _seconds_cpu(contender: Contender) -> float:
+    begin = time.perf_counter()
+    contender()
+    return time.perf_counter() - begin
+
+
+def measure(
+    contenders: dict[str, Contender], device: str, budget: float = 0.6, tiny: bool = False
+) -> dict[str, float]:
+    """Median seconds of each contender, their runs alternating, for `budget` seconds in all."""
+    if device == "cuda":
+        contenders = {name: _captured(c) for name, c in contenders.items()}
+        once = max(_seconds_cuda(c, 2) for c in contenders.values())
+        repeats = max(1, min(50, int(2e-3 / max(once, 1e-7))))
+        timers = {n: (lambda c=c: _seconds_cuda(c, repeats)) for n, c in contenders.items()}
+    else:
+        timers = {n: (lambda c=c: _seconds_cpu(c)) for n, c in contenders.items()}
+    for timer in timers.values():
+        timer()
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    rounds = (2, 2) if tiny else (5, 2000)
+    end = time.perf_counter() + budget
+    while len(times[next(iter(times))]) < rounds[0] or (
+        time.perf_counter() < end and len(times[next(iter(times))]) < rounds[1]
+    ):
+        for name, timer in timers.items():
+            times[name].append(timer())
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+class Roofline:
+    """FLOPs and bytes a second of this machine, measured when first asked for."""
+
+    def __init__(self, device: str, tiny: bool) -> None:
+        self.device, self.tiny = device, tiny
+        self._flops: dict[torch.dtype, float] = {}
+        self._bandwidth = 0.0
+
+    def _best(self, contender: Contender) -> float:
+        timer = (lambda: _seconds_cuda(contender, 5)) if self.device == "cuda" else (
+            lambda: _seconds_cpu(contender)
+        )  # fmt: skip
+        return min(timer() for _ in range(2 if self.tiny else 10))
+
+    def flops(self, dtype: torch.dtype) -> float:
+        if dtype not in self._flops:
+            n = 64 if self.tiny else 8192 if self.device == "cuda" else 2048
+            a = torch.randn(n, n, device=self.device).to(dtype)
+            self._flops[dtype] = 2 * n**3 / self._best(lambda: a @ a)
+        return self._flops[dtype]
+
+    def bandwidth(self) -> float:
+        if not self._bandwidth:
+            n = 1 << (12 if self.tiny else 28 if self.device == "cuda" else 26)
+            a = torch.zeros(n, device=self.device)
+            self._bandwidth = 4 * n / self._best(lambda: a.sum())
+        return self._bandwidth
+
+    def floor(self, flops: float, bytes_: float, dtype: torch.dtype) -> float:
+        return max(flops / self.flops(dtype), bytes_ / self.bandwidth())
+
+
+def machine(device: str) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    if device == "cpu" and Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "structmat": sm.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def write(args: argparse.Namespace, name: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    path = args.json or OUT / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {"bench": name, "machine": machine(args.device), **more, "rows": rows}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {path}", file=sys.stderr)
