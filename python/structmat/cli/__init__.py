@@ -29,22 +29,22 @@ for _command in (demo, compress, svd, info):
     app.command()(_command)
 
 
-def _print_and_exit(text: str) -> None:
-    typer.echo(text)
-    raise typer.Exit
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(structmat.__version__)
+        raise typer.Exit
 
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    cmake_prefix: Annotated[
-        bool, typer.Option("--cmake-prefix", help="Print the folder for CMAKE_PREFIX_PATH.")
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
-    if version:
-        _print_and_exit(structmat.__version__)
-    if cmake_prefix:
-        _print_and_exit(structmat.cmake_prefix_path)
+    pass
 
 
 def main() -> None:

@@ -10,7 +10,13 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    NullFormatter,
+    NullLocator,
+    PercentFormatter,
+)
 
 from structmat.demo.run import Demo, Result
 
@@ -29,6 +35,8 @@ _VARIABLES = {
 _MARKERS = {"svd": "s", "fisher": "^", "whitened": "D", "best": "o"}
 _STYLE: Any = {
     "svg.fonttype": "none",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "font.family": "sans-serif",
     "font.size": 9.5,
     "text.color": _INK,
@@ -69,7 +77,7 @@ def all_plots(demo: Demo) -> dict[str, str]:
 
 
 def _of_method(demo: Demo) -> dict[str, list[Result]]:
-    groups: dict[str, list[Result]] = defaultdict(list)
+    groups: dict[str, list[Result]] = {method: [] for method in demo.plan.methods}
     for result in sorted(demo.results, key=lambda r: r.kept):
         groups[result.method].append(result)
     return groups
@@ -92,8 +100,15 @@ def _legend_above(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), borderpad=0.2)
 
 
+def _figure(height: float) -> Figure:
+    figure = Figure(figsize=(11.2, height), layout="constrained")
+    engine: Any = figure.get_layout_engine()
+    engine.set(h_pad=0.1, w_pad=0.08, hspace=0.02, wspace=0.02)
+    return figure
+
+
 def _quality(demo: Demo) -> Figure:
-    figure = Figure(figsize=(11.2, 4.1), layout="constrained")
+    figure = _figure(4.1)
     left, right = figure.subplots(1, 2)
     for method, results in _of_method(demo).items():
         kept = [result.kept for result in results]
@@ -122,7 +137,7 @@ def _quality(demo: Demo) -> Figure:
 
 
 def _latency(demo: Demo) -> Figure:
-    figure = Figure(figsize=(11.2, 4.1), layout="constrained")
+    figure = _figure(4.1)
     shapes = list(demo.original.latency_ms)
     for axes, shape in zip(figure.subplots(1, len(shapes), sharey=True), shapes, strict=True):
         for method, results in _of_method(demo).items():
@@ -134,8 +149,7 @@ def _latency(demo: Demo) -> Figure:
         title = shape.replace("x", " \u00d7 ") + " tokens"
         axes.set(title=title, xlabel="latency p50, ms")
         axes.set_ylim(0, 1.06)
-        axes.set_xlim(left=0)
-        axes.margins(x=0.1)
+        axes.set_xlim(0, 1.08 * max(axes.get_xlim()[1], original))
     figure.axes[0].set_ylabel("mean cosine to the original")
     _legend_above(figure, figure.axes[0])
     return figure
@@ -160,7 +174,7 @@ def _ranks(demo: Demo) -> Figure | None:
     layers = [_kind_and_depth(layer["name"]) for layer in results[0].layers or []]
     kinds = list(dict.fromkeys(kind for kind, _ in layers))
     depths = sorted({depth for _, depth in layers})
-    figure = Figure(figsize=(11.2, 3.1 * ((len(results) + 1) // 2)), layout="constrained")
+    figure = _figure(3.1 * ((len(results) + 1) // 2))
     grid = figure.subplots((len(results) + 1) // 2, 2, squeeze=False, sharex=True, sharey=True)
     for axes, result in zip(grid.flat, results, strict=False):
         _rank_grid(axes, result, kinds, depths)
@@ -210,7 +224,7 @@ def _spectra(demo: Demo) -> Figure | None:
         by_kind[kind].append((depth, layer))
     columns = 3
     rows = -(-len(by_kind) // columns)
-    figure = Figure(figsize=(11.2, 2.9 * rows + 0.4), layout="constrained")
+    figure = _figure(2.9 * rows + 0.4)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes, (kind, layers) in zip(grid.flat, by_kind.items(), strict=False):
         for depth, layer in layers:
@@ -246,8 +260,8 @@ def _spectra(demo: Demo) -> Figure | None:
 
 
 def _errors(demo: Demo) -> Figure | None:
-    figure = Figure(figsize=(11.2, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure = _figure(4.4)
+    left, right = figure.subplots(1, 2, width_ratios=(5, 4))
     values: list[float] = []
     for method, results in _of_method(demo).items():
         pairs = [
@@ -260,27 +274,32 @@ def _errors(demo: Demo) -> Figure | None:
             continue
         predicted, measured = zip(*pairs, strict=True)
         values += [*predicted, *measured]
-        axes.plot(
-            predicted,
-            measured,
-            _MARKERS[method],
-            color=_METHODS[method],
-            markersize=5,
-            markeredgewidth=0,
-            alpha=0.7,
-            label=results[0].label,
-        )
+        style: Any = {
+            "marker": _MARKERS[method],
+            "color": _METHODS[method],
+            "linestyle": "",
+            "markersize": 5,
+            "markeredgewidth": 0,
+            "alpha": 0.7,
+            "label": results[0].label,
+        }
+        left.plot(predicted, measured, **style)
+        right.plot(predicted, [max(abs(m / p - 1), 1e-9) for p, m in pairs], **style)
     if not values:
         return None
     low, high = min(values) * 0.85, max(values) * 1.15
-    axes.plot([low, high], [low, high], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
-    axes.set(xlabel="predicted relative output error", ylabel="measured")
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(plain)
-        axis.set_minor_formatter(plain if high / low < 12 else NullFormatter())
-    _legend_above(figure, axes)
+    dashed: Any = {"color": _MUTED, "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 1}
+    left.plot([low, high], [low, high], **dashed)
+    right.axhline(1e-3, **dashed)
+    left.set(title="Relative output error", ylabel="measured", yscale="log", ylim=(low, high))
+    right.set(title="How far the two differ", ylabel="|measured / predicted - 1|", yscale="log")
+    for axes in (left, right):
+        axes.set(xscale="log", xlim=(low, high), xlabel="predicted")
+    for axis in (left.xaxis, left.yaxis, right.xaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _legend_above(figure, left)
     return figure
 
 

@@ -98,28 +98,20 @@ def _times(ratio: float) -> str:
 def table(demo: Demo) -> Table:
     """The results as a table for the terminal."""
     shapes = list(demo.original.latency_ms)
-    result = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    result.add_column("keep", justify="right")
-    result.add_column("method", no_wrap=True)
-    for name in (
-        "params\nM",
-        "file\nMB",
-        "cosine\nmean",
-        "cosine\np5",
-        "recall\n@1",
-        "recall\n@10",
-    ):
+    result = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    result.add_column("keep, method", min_width=12)
+    for name in ("par.\nM", "file\nMB", "cos\nmean", "cos\np5", "rec.\n@1", "rec.\n@10"):
         result.add_column(name, justify="right", no_wrap=True)
     for shape in shapes:
         result.add_column(f"{shape}\nms", justify="right", no_wrap=True)
-    result.add_column(f"speed\n{_SHAPE}", justify="right", no_wrap=True)
-    result.add_column("memory\nMB", justify="right", no_wrap=True)
-    result.add_row("", "original", *_cells(demo.original, shapes), end_section=True)
+    result.add_column("speed\n", justify="right", no_wrap=True)
+    result.add_column("mem.\nMB", justify="right", no_wrap=True)
+    result.add_row("original", *_cells(demo.original, shapes), end_section=True)
     for keep in sorted(demo.plan.keeps, reverse=True):
         rows = [r for r in demo.results if r.keep == keep]
+        result.add_row(f"{keep:g}", style="dim")
         for index, row in enumerate(rows):
             result.add_row(
-                f"{keep:g}" if index == 0 else "",
                 row.label,
                 *_cells(row, shapes),
                 style="bold" if row.method == demo.plan.methods[-1] else None,
