@@ -54,7 +54,7 @@ def demo(
         print_json(result.to_dict())
         return
     console = Console()
-    console.print(report.table(result))
+    console.print(report.table(result, console.width))
     for sentence in report.summary(result):
         console.print(sentence, highlight=False, markup=False)
     console.print(

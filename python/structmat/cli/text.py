@@ -19,8 +19,8 @@ def quiet_transformers() -> None:
     """No progress bars and advice from transformers: the commands have their own."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def load_model(name: str, device: torch.device) -> nn.Module:

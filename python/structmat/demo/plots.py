@@ -308,7 +308,7 @@ def _svg(name: str, figure: Figure) -> str:
     empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     # a salt a plot: ids must differ between the plots of one page, and not between runs
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=empty)  # type: ignore[no-untyped-call]
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=empty)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

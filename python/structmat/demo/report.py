@@ -19,7 +19,7 @@ _SHAPE = "32x128"  # the one the summary speaks of
 def write(demo: Demo, page: Path, data: Path) -> None:
     """Writes the report as one HTML file that needs no other, and its numbers as JSON."""
     page.write_text(html(demo), encoding="utf-8")
-    data.write_text(json.dumps(demo.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    data.write_text(json.dumps(demo.to_dict(), allow_nan=False) + "\n", encoding="utf-8")
 
 
 def html(demo: Demo) -> str:
@@ -95,10 +95,10 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f} times as fast"
 
 
-def table(demo: Demo) -> Table:
-    """The results as a table for the terminal."""
+def table(demo: Demo, width: int = 120) -> Table:
+    """The results as a table for a terminal of this width, 80 at the least."""
     shapes = list(demo.original.latency_ms)
-    result = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    result = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, int(width >= 100), 0, 0))
     result.add_column("keep, method", min_width=12)
     for name in ("par.\nM", "file\nMB", "cos\nmean", "cos\np5", "rec.\n@1", "rec.\n@10"):
         result.add_column(name, justify="right", no_wrap=True)

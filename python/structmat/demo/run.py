@@ -19,7 +19,7 @@ from structmat.demo.data import docstring_pairs
 #: What is compared. The first three are nested: one file serves every smaller size.
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"label": "plain SVD", "options": {"method": "svd"}},
-    "fisher": {"label": "Fisher-weighted SVD", "options": {"method": "fisher"}},
+    "fisher": {"label": "Fisher SVD", "options": {"method": "fisher"}},
     "whitened": {"label": "whitened, uniform", "options": {"method": "whitened"}},
     "best": {
         "label": "whitened, global, sequential",
@@ -242,7 +242,7 @@ class _Bench:
             recall_at_1=recall.recall_at_1,
             recall_at_10=recall.recall_at_10,
             compress_seconds=report and report.seconds,
-            layers=report and [asdict(layer) for layer in report.layers],
+            layers=report and [_layer(layer) for layer in report.layers],
         )
 
     def time_all(self, original: Original, results: list[Result], steps: _Steps) -> None:
@@ -273,6 +273,12 @@ class _Bench:
 
     def _embed(self, model: nn.Module) -> Tensor:
         return encoder.embed(model, self._tokenizer, self._texts)
+
+
+def _layer(layer: Any) -> dict[str, Any]:
+    """The layer's figures; of the spectrum five digits, all that a plot can show."""
+    spectrum = [float(f"{value:.5g}") for value in layer.spectrum]
+    return {**asdict(layer), "spectrum": spectrum}
 
 
 def _network(model: nn.Module) -> str:
