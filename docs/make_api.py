@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pdoc
 
-import structmat  # noqa: F401  (before pdoc, which imports with subprocesses forbidden: an editable build)
+# First: pdoc imports with subprocesses forbidden, and an editable structmat rebuilds on import.
+import structmat  # noqa: F401
 
 DOCS = Path(__file__).parent
 MODULES = ("structmat", "!structmat.cli", "!structmat.demo.plots", "!structmat.__main__")

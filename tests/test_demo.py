@@ -291,7 +291,7 @@ class Toy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Embedding(3000, 256)
+        self.table = nn.Embedding(20_000, 256)
         self.linear = nn.Linear(256, 256, bias=False)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -300,7 +300,7 @@ class Toy(nn.Module):
 
 def test_peak_bytes_counts_weights_and_live_activations() -> None:
     tokens = 32 * 128
-    expected = 4 * (3000 * 256 + 256 * 256) + 2 * 4 * tokens * 256
+    expected = 4 * (20_000 * 256 + 256 * 256) + 2 * 4 * tokens * 256
     for _ in range(2):
         assert measure.peak_bytes(Toy()) == expected
 

@@ -88,13 +88,13 @@ def peak_bytes(model: nn.Module, shape: tuple[int, int] = SHAPES[-1]) -> int:
     Counts the storage of every tensor an operator returns until it is freed. Exact and repeatable,
     unlike the resident memory of a process, which includes what the allocator has not given back.
     """
-    tokens = torch.full(shape, 2000)
+    batch = {"input_ids": torch.full(shape, 2000), "attention_mask": torch.ones(shape).long()}
     weights = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
         for tensor in [*model.parameters(), *model.buffers()]
     }
     with _LiveBytes(known=set(weights)) as live:
-        model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        model(**batch)
     return sum(weights.values()) + live.peak
 
 
