@@ -335,8 +335,12 @@ def test_compress_jsonl_is_the_same_text(model: Path, passages: Path, tmp_path: 
     jsonl.write_text("\n".join(json.dumps({"text": line, "id": 1}) for line in lines) + "\n\n")
     for file, out in ((passages, tmp_path / "1"), (jsonl, tmp_path / "2")):
         assert run("compress", model, out, "--keep", 0.5, "--calibration", file).exit_code == 0
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("1", "2")]
-    assert weights[0] == weights[1]
+    first, second = (
+        [file.read_bytes() for file in (tmp_path / name).glob("*.safetensors")]
+        for name in ("1", "2")
+    )
+    assert first
+    assert first == second
 
 
 @pytest.mark.parametrize("keep", [0, 1, -0.5, 1.5, float("nan")])
@@ -451,17 +455,49 @@ def test_missing_package_names_the_command(monkeypatch: Any, model: Path, tmp_pa
     assert os.listdir(tmp_path) == []
 
 
-def test_batches_are_padded_alike_and_reported(model: Path) -> None:
-    seen: list[tuple[int, int]] = []
+def test_batches_are_cut_and_masked(model: Path) -> None:
     network = text.load_model(str(model), torch.device("cpu"))
     lines = [" ".join(WORDS[: 1 + i % 9]) for i in range(35)] + ["a " * 500]
-    batches = text.Batches(str(model), network, lines, lambda *step: seen.append(step))
-    first, second = list(batches()), list(batches())
-    assert seen == [(1, 3), (2, 3), (3, 3)] * 2
-    assert first[-1]["input_ids"].shape[1] == 64  # max_position_embeddings
-    assert sum(int(batch["input_ids"].shape[0]) for batch in first) == 36
-    for a, b in zip(first, second, strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    batches = text.batches_of(lines, text.load_tokenizer(str(model)), network.config)
+    assert [len(batch["input_ids"]) for batch in batches] == [16, 16, 4]
+    assert batches[-1]["input_ids"].shape[1] == 64  # max_position_embeddings
+    lengths = [int(n) for batch in batches for n in batch["attention_mask"].sum(1)]
+    assert lengths == sorted(lengths)
+
+
+def test_fisher_loss_of_hidden_states_is_contrastive(model: Path) -> None:
+    network = text.load_model(str(model), torch.device("cpu"))
+    _, objective = text.loss_for(network, [])
+    assert objective is not None
+    hidden = torch.randn(3, 5, 4, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    halves = [(2, 4), (1, 3), (2, 5)]
+    a = torch.stack([hidden[i, :h].mean(0) for i, (h, _) in enumerate(halves)])
+    b = torch.stack([hidden[i, h:n].mean(0) for i, (h, n) in enumerate(halves)])
+    scores = (a / a.norm(dim=1, keepdim=True)) @ (b / b.norm(dim=1, keepdim=True)).T / 0.05
+    output = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=hidden)
+    torch.testing.assert_close(
+        objective(output, {"attention_mask": mask}), -scores.log_softmax(1).diagonal().mean()
+    )
+
+
+def test_fisher_loss_of_a_language_model_is_its_own() -> None:
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20)
+    network = transformers.GPT2LMHeadModel(config)
+    ids, mask = torch.tensor([[3, 4, 0]]), torch.tensor([[1, 1, 0]])
+    batches, objective = text.loss_for(network, [{"input_ids": ids, "attention_mask": mask}])
+    assert objective is None
+    assert batches[0]["labels"].tolist() == [[3, 4, -100]]
+    assert network(**batches[0]).loss.isfinite()
+
+
+def test_fisher_without_a_loss(model: Path, passages: Path, tmp_path: Path) -> None:
+    network = transformers.BertForMaskedLM(transformers.AutoConfig.from_pretrained(model))
+    network.save_pretrained(tmp_path / "masked")
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "masked")
+    options = ["--keep", 0.5, "--method", "fisher", "--calibration", passages]
+    result = run("compress", tmp_path / "masked", tmp_path / "small", *options)
+    assert_one_line(result, "BertForMaskedLM", "--method whitened")
 
 
 # ---- output ---------------------------------------------------------------------------------

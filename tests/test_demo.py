@@ -82,12 +82,12 @@ def test_smaller_sizes_are_taken_from_one_file(demo: run.Demo) -> None:
 def test_layers_carry_their_errors(demo: run.Demo) -> None:
     for r in demo.results:
         for layer in r.layers or []:
-            assert 0 < layer["rank"] <= min(layer["m"], layer["n"])
+            assert layer["rank"] is None or 0 < layer["rank"] <= min(layer["m"], layer["n"])
             assert layer["params_after"] <= layer["params_before"]
             spectrum = layer["spectrum"]
             assert spectrum == sorted(spectrum, reverse=True)
         if r.layers:
-            assert len(r.layers) >= 36
+            assert len(r.layers) == 36
 
 
 def test_json_is_the_demo(demo: run.Demo, tmp_path: Path) -> None:

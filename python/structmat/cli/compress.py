@@ -13,7 +13,7 @@ from rich.table import Table
 import structmat as sm
 from structmat.cli.errors import UserError, reports_errors, require
 from structmat.cli.output import new_folder, print_json, progress
-from structmat.cli.text import Batches, load_model, read_passages
+from structmat.cli.text import batches_of, load_model, load_tokenizer, loss_for, read_passages
 
 
 class Method(str, Enum):
@@ -67,19 +67,14 @@ def compress(
         raise UserError("--device cuda: PyTorch sees no GPU here")
     passages = read_passages(calibration) if calibration else []
     with new_folder(out) as folder, progress(as_json) as bar:
-        task = bar.add_task("loading the model", total=None, note="")
+        task = bar.add_task("load", total=None, note="")
         network = load_model(model, torch.device(device.value))
-        batches = None
+        tokenizer, batches, objective = None, None, None
         if passages:
-            batches = Batches(
-                model,
-                network,
-                passages,
-                lambda done, total: bar.update(
-                    task, completed=done, total=total, note=f"batch {done} of {total}"
-                ),
-            )
-        bar.update(task, description="compressing")
+            tokenizer = load_tokenizer(model)
+            batches = batches_of(passages, tokenizer, network.config)
+            if method is Method.fisher:
+                batches, objective = loss_for(network, batches)
         report = sm.compress(
             network,
             keep,
@@ -87,21 +82,40 @@ def compress(
             ranks=ranks.value,
             sequential=sequential,
             calibration=batches,
+            objective=objective,
             seed=seed,
+            progress=lambda stage, done, total: bar.update(
+                task, description=stage, completed=done, total=total, note=f"{done} of {total}"
+            ),
         )
-        bar.update(task, description="saving", total=None, note="")
-        sm.save_pretrained(network, folder)
+        bar.update(task, description="save", total=None, note="")
+        sm.save_pretrained(network, folder, tokenizer=tokenizer or _tokenizer_if_any(model))
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    result = {**report.to_dict(), "model": model, "output": str(out), "bytes": size}
     if as_json:
-        print_json(result)
+        print_json({**_facts(report), "model": model, "output": str(out), "bytes": size})
     else:
         _print(report, out, size)
 
 
+def _tokenizer_if_any(model: str) -> Any:
+    try:
+        return load_tokenizer(model)
+    except UserError:
+        return None
+
+
+def _facts(report: Any) -> dict[str, Any]:
+    """The report without the curves of every layer, which OUT/structmat.json holds."""
+    facts: dict[str, Any] = report.to_dict()
+    for layer in facts["layers"]:
+        for curve in ("spectrum", "errors", "loss"):
+            layer.pop(curve, None)
+    return facts
+
+
 def _print(report: Any, out: Path, size: int) -> None:
     console = Console()
-    table = Table(title=None, header_style="bold")
+    table = Table(header_style="bold")
     table.add_column("layer", overflow="fold")
     for name in ("shape", "rank", "parameters", "kept", "predicted error", "measured error"):
         table.add_column(name, justify="right")
@@ -109,7 +123,7 @@ def _print(report: Any, out: Path, size: int) -> None:
         table.add_row(
             layer.name,
             f"{layer.m} x {layer.n}",
-            f"{layer.rank}",
+            str(layer.rank or "dense"),
             f"{layer.params_after:,}",
             f"{layer.params_after / layer.params_before:.3f}",
             _number(layer.predicted_error),
@@ -118,10 +132,10 @@ def _print(report: Any, out: Path, size: int) -> None:
     console.print(table)
     before = sum(layer.params_before for layer in report.layers)
     after = sum(layer.params_after for layer in report.layers)
+    memory = "" if report.peak_memory is None else f", {report.peak_memory / 1e6:,.0f} MB of memory"
     console.print(
         f"{len(report.layers)} layers, {before:,} -> {after:,} parameters "
-        f"({report.kept:.1%} kept); {report.seconds:.1f} s, "
-        f"peak memory {report.peak_memory / 1e6:,.0f} MB.",
+        f"({report.kept:.1%} kept); {report.seconds:.1f} s{memory}.",
         highlight=False,
     )
     console.print(

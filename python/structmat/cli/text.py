@@ -2,7 +2,7 @@
 """Models and calibration text for ``structmat compress``."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from structmat.cli.errors import UserError
+
+Batch = dict[str, Tensor]
+Objective = Callable[[Any, Batch], Tensor]
 
 _BATCH = 16
 _MAX_TOKENS = 512  # longer passages add tokens, not kinds of input
@@ -82,50 +85,80 @@ def _text_of(line: str, place: str) -> str:
     return text
 
 
-class Batches:
-    """Token batches of the passages; iterated as often as the compression needs, same each time."""
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer beside a model, able to pad.
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        passages: list[str],
-        on_batch: Callable[[int, int], None],
-    ) -> None:
-        from transformers import AutoTokenizer
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"transformers finds no tokenizer with {name!r}: {reason}") from None
-        if tokenizer.pad_token is None:  # GPT-2 and kin; padding is masked, so any token will do
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        config: Any = model.config
-        longest = min(
-            _MAX_TOKENS,
-            tokenizer.model_max_length,
-            getattr(config, "max_position_embeddings", None) or _MAX_TOKENS,
-        )
-        passages = sorted(passages, key=len)  # like lengths together: little padding
-        device = next(model.parameters()).device
-        self.tokenizer = tokenizer
-        self.batches: list[dict[str, Tensor]] = [
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"transformers finds no tokenizer with {name!r}: {reason}") from None
+    if tokenizer.pad_token is None:  # GPT-2 and kin; padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def batches_of(passages: list[str], tokenizer: Any, config: Any) -> list[Batch]:
+    """Padded batches, passages of like length together, cut at what the model takes."""
+    longest = min(
+        _MAX_TOKENS,
+        tokenizer.model_max_length,
+        getattr(config, "max_position_embeddings", None) or _MAX_TOKENS,
+    )
+    passages = sorted(passages, key=len)
+    return [
+        dict(
             tokenizer(
                 passages[start : start + _BATCH],
                 padding=True,
                 truncation=True,
                 max_length=longest,
                 return_tensors="pt",
-            ).to(device)
-            for start in range(0, len(passages), _BATCH)
-        ]
-        self._on_batch = on_batch
+            )
+        )
+        for start in range(0, len(passages), _BATCH)
+    ]
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for index, batch in enumerate(self.batches, 1):
-            yield dict(batch)
-            self._on_batch(index, len(self.batches))
 
-    def __call__(self) -> Iterator[dict[str, Tensor]]:
-        return iter(self)
+def loss_for(model: nn.Module, batches: list[Batch]) -> tuple[list[Batch], Objective | None]:
+    """Batches and objective of a loss that text alone defines, for ``--method fisher``.
+
+    Causal language models: their next-token loss. Models that return hidden states: a contrastive
+    one, in which the first half of a passage is to find its second half among those of its batch.
+
+    Raises:
+        UserError: neither fits the model.
+    """
+    config: Any = model.config
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return [{**batch, "labels": _labels(batch)} for batch in batches], None
+    if not name.endswith("Model") or config.is_encoder_decoder:
+        raise UserError(
+            f"--method fisher knows no loss for {name}; use --method whitened, or "
+            "structmat.compress with an objective of your own"
+        )
+    return batches, _halves_agree
+
+
+def _labels(batch: Batch) -> Tensor:
+    return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+
+def _halves_agree(output: Any, batch: Batch) -> Tensor:
+    """``mean_i -log softmax_j(a_i . b_j / 0.05)_i``, unit means of first and second halves."""
+    mask = batch["attention_mask"]
+    position = mask.cumsum(1)
+    first = mask * (2 * position <= mask.sum(1, keepdim=True))
+    halves = []
+    for part in (first, mask - first):
+        weight = part.unsqueeze(-1).to(output.last_hidden_state)
+        mean = (output.last_hidden_state * weight).sum(1) / weight.sum(1).clamp_min(1)
+        halves.append(nn.functional.normalize(mean, dim=-1))
+    scores = halves[0] @ halves[1].T / 0.05
+    return nn.functional.cross_entropy(scores, torch.arange(len(scores), device=scores.device))

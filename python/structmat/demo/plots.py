@@ -191,7 +191,7 @@ def _rank_grid(axes: Axes, result: Result, kinds: list[str], depths: list[int]) 
     for layer in result.layers or []:
         kind, depth = _kind_and_depth(layer["name"])
         x, y = depths.index(depth), kinds.index(kind)
-        share = layer["rank"] / min(layer["m"], layer["n"])
+        share = (layer["rank"] or min(layer["m"], layer["n"])) / min(layer["m"], layer["n"])
         axes.fill_between(
             [x - 0.47, x + 0.47],
             y - 0.45,
@@ -200,8 +200,7 @@ def _rank_grid(axes: Axes, result: Result, kinds: list[str], depths: list[int]) 
             alpha=0.65 * share,
             lw=0,
         )
-        text = f"{layer['rank']}" if layer["params_after"] < layer["params_before"] else "dense"
-        axes.text(x, y, text, ha="center", va="center", fontsize=9)
+        axes.text(x, y, str(layer["rank"] or "dense"), ha="center", va="center", fontsize=9)
     axes.set_title(f"keep {result.keep:g}")
     axes.set_xticks(range(len(depths)), [str(depth + 1) for depth in depths])
     axes.set_yticks(range(len(kinds)), kinds)
@@ -221,7 +220,8 @@ def _spectra(demo: Demo) -> Figure | None:
     by_kind: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for layer in result.layers or []:
         kind, depth = _kind_and_depth(layer["name"])
-        by_kind[kind].append((depth, layer))
+        if layer["spectrum"]:
+            by_kind[kind].append((depth, layer))
     columns = 3
     rows = -(-len(by_kind) // columns)
     figure = _figure(2.9 * rows + 0.4)
@@ -237,7 +237,7 @@ def _spectra(demo: Demo) -> Figure | None:
                 linewidth=1.4,
                 label=f"layer {depth + 1}",
             )
-            if 0 < layer["rank"] < len(spectrum):
+            if layer["rank"] and layer["rank"] <= len(spectrum):
                 axes.plot(
                     layer["rank"],
                     spectrum[layer["rank"] - 1],

@@ -26,6 +26,19 @@ METHODS: dict[str, dict[str, Any]] = {
         "options": {"method": "whitened", "ranks": "global", "sequential": True},
     },
 }
+_LAYER_FIGURES = (
+    "name",
+    "kind",
+    "m",
+    "n",
+    "rank",
+    "params_before",
+    "params_after",
+    "predicted_error",
+    "measured_error",
+    "sensitivity",
+    "seconds",
+)
 _TEMPERATURE = 0.05  # of the contrastive loss, as the encoder was trained with (scale 20)
 _PAIRS_A_BATCH = 16
 
@@ -263,12 +276,18 @@ class _Bench:
         options = dict(METHODS[method]["options"])
         batches = self._batches
         if method == "fisher":
-            options["loss"] = contrastive_loss
+            options["objective"] = contrastive_loss
             batches = self._paired_batches
         if options.get("ranks") == "global":
-            options["output"] = encoder.embeddings_of
+            options["objective"] = encoder.embeddings_of
+        # the pooler is no part of the embeddings
         return sm.compress(
-            model, keep, calibration=lambda: iter(batches), seed=self._plan.seed, **options
+            model,
+            keep,
+            calibration=batches,
+            filter="encoder.*",
+            seed=self._plan.seed,
+            **options,
         )
 
     def _embed(self, model: nn.Module) -> Tensor:
@@ -277,8 +296,8 @@ class _Bench:
 
 def _layer(layer: Any) -> dict[str, Any]:
     """The layer's figures; of the spectrum five digits, all that a plot can show."""
-    spectrum = [float(f"{value:.5g}") for value in layer.spectrum]
-    return {**asdict(layer), "spectrum": spectrum}
+    figures = {name: getattr(layer, name) for name in _LAYER_FIGURES}
+    return {**figures, "spectrum": [float(f"{value:.5g}") for value in layer.spectrum]}
 
 
 def _network(model: nn.Module) -> str:
