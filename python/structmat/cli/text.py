@@ -93,6 +93,11 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    folder = Path(name).expanduser()
+    files = (file for kind in ("token*", "vocab*", "*.model") for file in folder.glob(kind))
+    # transformers would make up one that knows no word
+    if folder.is_dir() and next(files, None) is None:
+        raise UserError(f"{folder} holds no tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
