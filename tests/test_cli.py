@@ -444,6 +444,28 @@ def test_compress_without_tokenizer(model: Path, passages: Path, tmp_path: Path)
     assert run("compress", bare, out, "--keep", 0.5, "--method", "svd").exit_code == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_compress_without_a_gpu(model: Path, passages: Path, tmp_path: Path) -> None:
+    options = ["--keep", 0.5, "--calibration", passages, "--device", "cuda"]
+    assert_one_line(run("compress", model, tmp_path / "small", *options), "no GPU")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), RuntimeError("broken")])
+def test_compress_that_fails_leaves_nothing(
+    model: Path, passages: Path, tmp_path: Path, monkeypatch: Any, error: BaseException
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sm, "save_pretrained", fail)
+    out = tmp_path / "new" / "small"
+    result = run("compress", model, out, "--keep", 0.5, "--calibration", passages)
+    assert result.exit_code == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert os.listdir(tmp_path / "new") == []
+
+
 def test_missing_package_names_the_command(monkeypatch: Any, model: Path, tmp_path: Path) -> None:
     from structmat.cli import errors
 
