@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``structmat svd``: the truncated SVD of a matrix in a file."""
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -57,7 +58,8 @@ def svd(
         save_file(
             {"U": U.contiguous(), "S": S.contiguous(), "Vh": Vh.contiguous()},
             beside,
-            metadata={name: str(value) for name, value in facts.items()},
+            # one entry: safetensors writes several in no fixed order
+            metadata={"structmat": json.dumps(facts)},
         )
     seconds = time.perf_counter() - started
     if as_json:

@@ -52,6 +52,7 @@ class Plan:
     pairs: int = 3000  # read; the first are evaluated, the next calibrate
     evaluation_pairs: int = 500
     calibration_pairs: int = 350
+    max_tokens: int = encoder.MAX_TOKENS  # of a text
     rounds: int = 9
     seed: int = 0
 
@@ -197,9 +198,9 @@ class _Bench:
         self._model, self._tokenizer = encoder.load_encoder()
         self._texts = [query for query, _ in held_out] + [document for _, document in held_out]
         texts = sorted((text for pair in calibration for text in pair), key=len)
-        self._batches = encoder.tokenize(self._tokenizer, texts)
+        self._batches = self._tokenize(texts)
         self._paired_batches = [
-            encoder.tokenize(self._tokenizer, [q for q, _ in chunk] + [d for _, d in chunk])[0]
+            self._tokenize([q for q, _ in chunk] + [d for _, d in chunk])[0]
             for chunk in (
                 calibration[i : i + _PAIRS_A_BATCH]
                 for i in range(0, len(calibration), _PAIRS_A_BATCH)
@@ -291,7 +292,10 @@ class _Bench:
         )
 
     def _embed(self, model: nn.Module) -> Tensor:
-        return encoder.embed(model, self._tokenizer, self._texts)
+        return encoder.embed(model, self._tokenizer, self._texts, max_tokens=self._plan.max_tokens)
+
+    def _tokenize(self, texts: list[str]) -> list[dict[str, Tensor]]:
+        return encoder.tokenize(self._tokenizer, texts, max_tokens=self._plan.max_tokens)
 
 
 def _layer(layer: Any) -> dict[str, Any]:
