@@ -111,7 +111,7 @@ def test_program_agrees_with_python(
     save_file(weights, tmp_path / "layer.safetensors", metadata={"format": 'a "b"\n\\c'})
     save_file({"x": x}, tmp_path / "in.safetensors")
     arguments = ["layer.safetensors", "block.0", "in.safetensors", "out.safetensors"]
-    print(run(program, *arguments, cwd=tmp_path))
+    run(program, *arguments, cwd=tmp_path)
     y = load_file(tmp_path / "out.safetensors")["y"]
     U, V, b = (weights.get(f"block.0.{name}") for name in ("U", "V", "bias"))
     want = sm.ops.low_rank_linear(x, U, V, b)
@@ -128,6 +128,25 @@ def test_program_runs_on_its_pattern(program: Path, tmp_path: Path) -> None:
     want = sm.ops.low_rank_linear(x, *weights.values())
     found = [float(line.split("=")[1]) for line in out.splitlines() if line.startswith("y[")]
     assert found == pytest.approx(want[0, :4].tolist(), abs=2e-5 * float(want.abs().max()))
+
+
+def test_program_runs_a_compressed_model(program: Path, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 48))
+    sm.compress(model, keep=0.5, method="svd")
+    sm.save_pretrained(model, tmp_path / "small")
+    x = torch.randn(5, 64)
+    save_file({"x": x}, tmp_path / "in.safetensors")
+    run(
+        program,
+        "small/structmat.safetensors",
+        "1",
+        "in.safetensors",
+        "out.safetensors",
+        cwd=tmp_path,
+    )
+    y = load_file(tmp_path / "out.safetensors")["y"]
+    want = model[1](x).detach()
+    torch.testing.assert_close(y, want, rtol=0, atol=2e-5 * float(want.abs().max()))
 
 
 def broken_files(good: bytes) -> dict[str, bytes]:
