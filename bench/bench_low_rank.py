@@ -101,8 +101,8 @@ def main() -> None:
                     continue
                 r = row(tokens, n, n // part, dtype, passes, args, roofline)
                 found.append(r)
-                print(f"{'':20} {tokens:6} {n:5} {n // part:5} "
-                      f"{1e6 * r['seconds']['structmat']:10.1f} {1e6 * r['seconds']['torch']:10.1f} "
+                ours, theirs = (1e6 * r["seconds"][name] for name in ("structmat", "torch"))
+                print(f"{'':20} {tokens:6} {n:5} {n // part:5} {ours:10.1f} {theirs:10.1f} "
                       f"{r['ratio']:6.2f} {r['gflops']:8.0f} {r['gbytes']:6.0f} "
                       f"{r['share']:6.2f}", flush=True)  # fmt: skip
             ratios = [r["ratio"] for r in found]

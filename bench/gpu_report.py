@@ -69,13 +69,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def rows_of(bench: Any) -> list[dict[str, Any]]:
-    """The measurements in a bench's file: its first list of objects."""
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """{"seconds": {"torch": 1}} as {"seconds torch": 1}."""
+    out = {}
+    for key, value in row.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        out.update({f"{key} {name}".strip(): entry for name, entry in inner})
+    return out
+
+
+def tables(bench: Any) -> list[str]:
+    """Every list of objects in a bench's file: its summary, its measurements."""
     lists = [bench] if isinstance(bench, list) else list(bench.values())
-    for value in lists:
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return value
-    return []
+    rows = [v for v in lists if isinstance(v, list) and v and isinstance(v[0], dict)]
+    return [table([flat(row) for row in each]) for each in rows]
 
 
 def main() -> None:
@@ -96,9 +103,8 @@ def main() -> None:
         more = [f"- and {len(lines) - 40} more"] if len(lines) > 40 else []
         page += ["## Tests", table([report["tests"]]), "\n".join(lines[:40] + more)]
     for name, bench in report["benches"].items():
-        rows = rows_of(bench)
-        page += [f"## {name}", table(rows) if rows else "No measurement was finished."]
-    text = "\n\n".join(page) + "\n"
+        page += [f"## {name}", *(tables(bench) or ["No measurement was finished."])]
+    text = "\n\n".join(filter(None, page)) + "\n"
     (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "gpu_check.md").write_text(text)
     print(text)
