@@ -20,6 +20,7 @@ Batch = Any
 Objective = Callable[[Any, Batch], Tensor]
 Progress = Callable[[str, int, int], None]
 
+_SAMPLE_ROWS = 16384  # for gradients
 _BLOCK_ROWS = 4096  # of a float32 product: its rounding stays near 1e-6 of the result
 
 
@@ -48,17 +49,21 @@ class Calibration:
         for batch in self._data() if callable(self._data) else self._data:
             yield _to(batch, self._device)
 
-    def sample(self, tokens: int) -> Iterator[Batch]:
-        """Evenly spaced batches with about this many rows in all."""
-        stride = self._stride(tokens)
-        return (batch for i, batch in enumerate(self) if i % stride == 0)
+    def sample(self, *, repeat: bool = False) -> Iterator[Batch]:
+        """Evenly spaced batches, some 16,000 rows in all; ``repeat``: little data again."""
+        stride = max(1, self.tokens // _SAMPLE_ROWS)
+        for _ in range(self.repeats if repeat else 1):
+            yield from (batch for i, batch in enumerate(self) if i % stride == 0)
 
-    def sampled(self, tokens: int) -> int:
+    def sampled(self, *, repeat: bool = False) -> int:
         """Number of batches of :meth:`sample`."""
-        return -(-self.batches // self._stride(tokens))
+        stride = max(1, self.tokens // _SAMPLE_ROWS)
+        return -(-self.batches // stride) * (self.repeats if repeat else 1)
 
-    def _stride(self, tokens: int) -> int:
-        return max(1, self.tokens // tokens)
+    @property
+    def repeats(self) -> int:
+        """Random projections a sequence: more than one where there is little data."""
+        return min(4, max(1, _SAMPLE_ROWS // self.tokens))
 
 
 def run(model: nn.Module, batch: Batch) -> Any:

@@ -34,7 +34,6 @@ from .sequential import fit_in_sequence
 
 METHODS = ("svd", "fisher", "whitened")
 RANKS = ("uniform", "global")
-_SENSITIVITY_TOKENS = 16384
 _GROUP_BYTES = 256 << 20
 
 
@@ -220,13 +219,14 @@ def _factor(
         weights: dict[Target, Tensor] = {}
         if data is not None:
             moment = moments(model, chosen, data, _counter("calibrate", data.batches, tell))
-            sample = lambda: data.sample(_SENSITIVITY_TOKENS)  # noqa: E731
-            gradient_step = _counter("gradients", data.sampled(_SENSITIVITY_TOKENS), tell)
             if method == "fisher":
-                weights = fisher_weights(model, chosen, sample(), objective, seed, gradient_step)
+                step = _counter("gradients", data.sampled(), tell)
+                weights = fisher_weights(model, chosen, data, objective, seed, step)
             if ranks == "global":
                 own = None if method == "fisher" else objective
-                sensitivity = sensitivities(model, chosen, sample(), own, seed, gradient_step)
+                step = _counter("gradients", data.sampled(repeat=True), tell)
+                sensitivity = sensitivities(model, chosen, data, own, seed, step)
+                sensitivity = {t: s.shrunk(t.weight, moment[t]) for t, s in sensitivity.items()}
         for plan in group:
             begun = time.perf_counter()
             target = plan.target
@@ -238,7 +238,7 @@ def _factor(
             error = factor.errors(W, factors, known)
             plan.error = (error / error[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt().cpu()
             if target in sensitivity:
-                left, right = sensitivity.pop(target)
+                left, right, _ = sensitivity.pop(target)
                 plan.loss = factor.errors(W, factors, right, left).cpu()
             plan.factors = factors.head(plan.rank or largest_rank(*target.shape))
             plan.seconds = time.perf_counter() - begun

@@ -18,9 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Of the mean eigenvalue, added to the output sensitivity before it is inverted: directions that
-# the sampled gradients never showed still count.
-_LEFT_DAMPING = 1e-3
+# Of the mean eigenvalue, added to the output sensitivity before it is inverted.
+_LEFT_DAMPING = 1e-6
 _RIDGE = 1e-2  # of the mean input energy
 
 
