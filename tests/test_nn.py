@@ -131,3 +131,80 @@ def test_compiles_to_one_graph() -> None:
     x = torch.randn(5, 32)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_weight_is_the_product() -> None:
+    torch.manual_seed(0)
+    layer = sm.nn.LowRankLinear(12, 7, rank=3, dtype=torch.float64)
+    W = layer.U @ layer.V
+    assert (layer.weight.dtype, layer.weight.device) == (W.dtype, W.device)
+    assert layer.weight.shape == layer.weight.size() == (7, 12)
+    assert layer.weight.requires_grad
+    assert torch.equal(layer.weight + 0, W)
+    x = torch.randn(4, 12, dtype=torch.float64)
+    got = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(got, layer(x))
+    wanted = torch.autograd.grad(layer(x).square().sum(), (layer.U, layer.V))
+    for a, b in zip(
+        torch.autograd.grad(got.square().sum(), (layer.U, layer.V)), wanted, strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    assert "weight" not in dict(layer.named_parameters()) | layer.state_dict()
+    with torch.no_grad():
+        assert not layer.weight.requires_grad
+        with pytest.raises(RuntimeError, match="is a product"):
+            layer.weight.zero_()
+        with pytest.raises(RuntimeError, match="is a product"):
+            layer.weight[0] = 1
+
+
+def test_reading_its_dtype_computes_nothing() -> None:
+    layer = sm.nn.LowRankLinear(1 << 20, 1 << 20, rank=1)  # the product would take 4 TiB
+    weight = layer.weight
+    assert weight.dtype == torch.float32
+    assert (weight.device, weight.shape, weight.is_cuda) == (layer.U.device, (1 << 20,) * 2, False)
+    assert weight.is_floating_point()
+    assert weight.numel() == 1 << 40
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_transformer_encoder_runs_the_low_rank_layers(
+    padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    sm.compress(model, 0.5, method="svd")
+    assert isinstance(model.layers[0].linear1, sm.nn.LowRankLinear)
+    dense = copy.deepcopy(model)
+    dense.use_nested_tensor = False  # warns that it is a prototype
+    for block in dense.layers:
+        block.linear1, block.linear2 = block.linear1.to_linear(), block.linear2.to_linear()
+    x = torch.randn(3, 5, 32)
+    mask = torch.arange(5) >= torch.tensor([[5], [3], [2]]) if padded else None
+    calls: list[nn.Module] = []
+    forward = sm.nn.LowRankLinear.forward
+
+    def noted(self: sm.nn.LowRankLinear, x: torch.Tensor) -> torch.Tensor:
+        calls.append(self)
+        return forward(self, x)
+
+    monkeypatch.setattr(sm.nn.LowRankLinear, "forward", noted)
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient):
+            got = model(x, src_key_padding_mask=mask)
+            wanted = dense(x, src_key_padding_mask=mask)
+        real = slice(None) if mask is None else ~mask
+        torch.testing.assert_close(got[real], wanted[real], rtol=1e-4, atol=1e-5)
+    assert len(calls) == 8
+
+
+def test_weight_compiles_away() -> None:
+    layer = sm.nn.LowRankLinear(32, 16, rank=4)
+
+    def cast(x: torch.Tensor) -> torch.Tensor:
+        return layer(x.to(layer.weight.dtype))
+
+    x = torch.randn(5, 32, dtype=torch.float64)
+    compiled = torch.compile(cast, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), cast(x))

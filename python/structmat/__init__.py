@@ -16,10 +16,18 @@ torch.ops.load_library(_spec.origin)
 cmake_prefix_path = str(Path(_spec.origin).parent / "lib" / "cmake")
 
 from . import linalg, nn, ops  # noqa: E402  (register the fakes of the operators just loaded)
-from .compress import compress, load_pretrained, save_pretrained  # noqa: E402
+from .compress import (  # noqa: E402
+    CompressionReport,
+    LayerReport,
+    compress,
+    load_pretrained,
+    save_pretrained,
+)
 
 __version__ = "0.1.0"
 __all__ = [
+    "CompressionReport",
+    "LayerReport",
     "__version__",
     "cmake_prefix_path",
     "compress",

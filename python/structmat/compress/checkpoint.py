@@ -3,21 +3,18 @@
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace as changed
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import LowRankLinear
-from .allocate import global_ranks, parameters, uniform_rank
-from .layers import is_linear, replace
+from .folder import entries, replacing
+from .layers import bias_of, is_linear, replace, weight_of
 from .report import CompressionReport, LayerReport, attach, attached
+from .shrink import shrink
 
 FORMAT = 1
 TENSORS = "structmat.safetensors"
@@ -30,8 +27,9 @@ def save_pretrained(
     """Writes a model whose layers :func:`structmat.compress` replaced.
 
     ``structmat.safetensors`` holds every tensor of the state, shared ones once, factors in
-    descending energy; ``structmat.json`` the class of the model and, per layer, kind, shapes, rank,
-    dtype, predicted error and the hash of the calibration data; ``config.json`` (and
+    descending energy; ``structmat.json`` the class of the model, per low-rank layer its shapes,
+    rank, dtype, predicted error and the hash of the calibration data, the reports of all
+    compressions, and the names of the files written; ``config.json`` (and
     ``generation_config.json``) come from transformers.
 
     Everything is written into a folder beside the wanted one, which is then renamed: on failure
@@ -39,12 +37,13 @@ def save_pretrained(
 
     Args:
         model: any module; a transformers model can be loaded without naming its class again.
-        folder: made where it is missing; an earlier save in it is replaced.
+        folder: made where it is missing; an earlier save in it is replaced, a link to a folder
+            followed.
         tokenizer: anything else with ``save_pretrained``, stored along with the model.
 
     Raises:
-        ValueError: ``folder`` is a file, or a folder with something else in it; a parameter is on
-            the meta device.
+        ValueError: ``folder`` is a file, or a folder with anything but an earlier save in it; a
+            parameter is on the meta device.
         OSError: the folder cannot be written.
 
     Example:
@@ -57,16 +56,17 @@ def save_pretrained(
 
     folder = Path(folder)
     tensors, shared = _unshared(model.state_dict())
-    with _replacing(folder) as scratch:
+    with replacing(folder, _files) as scratch:
         save_file(tensors, scratch / TENSORS, metadata={"format": "pt"})
-        description = _describe(model, shared)
-        (scratch / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         for part in ("config", "generation_config"):
             holder: Any = getattr(model, part, None)
             if hasattr(holder, "save_pretrained"):
                 holder.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
+        description = _describe(model, shared)
+        description["files"] = sorted({DESCRIPTION, *entries(scratch)})
+        (scratch / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 
 
 def load_pretrained(
@@ -84,15 +84,17 @@ def load_pretrained(
         keep: a smaller kept fraction than the file's: the leading part of every pair of factors.
             With uniform ranks and no ``sequential`` the result equals compressing to it directly;
             with global ranks the budget is divided anew by the stored losses, layers stored dense
-            staying so.
+            staying so. Of a model compressed in several steps, each is cut that kept more.
         model: the uncompressed architecture to load into, needed unless it is a class of
-            transformers. Its weights do not matter; it is changed in place.
+            transformers that its config alone builds. Its weights do not matter; it is changed in
+            place, and only once all is known to fit.
         device: where the model goes, the CPU by default.
         dtype: of the parameters, as stored by default.
 
     Raises:
-        ValueError: not such a folder; of a newer format; ``keep`` is larger than what the file
-            holds; the model does not have the file's layers.
+        ValueError: not such a folder; of a newer format; damaged; ``keep`` is larger than what
+            the file holds, or smaller than layers stored dense and rank one elsewhere need; the
+            model's layers, or names or shapes of its other tensors, are not the file's.
 
     Example:
         >>> import torch, structmat as sm
@@ -104,44 +106,52 @@ def load_pretrained(
         >>> sm.load_pretrained("compressed", keep=0.25, model=build())[0]
         LowRankLinear(in_features=64, out_features=64, rank=8, bias=True)
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    if not (folder / DESCRIPTION).is_file() or not (folder / TENSORS).is_file():
-        raise ValueError(f"load_pretrained: no {DESCRIPTION} and {TENSORS} in {folder}")
-    description = json.loads((folder / DESCRIPTION).read_text())
-    if description.get("format") != FORMAT:
-        raise ValueError(
-            f"load_pretrained: {folder} has format {description.get('format')}, this version of "
-            f"structmat reads format {FORMAT}"
-        )
-    state = load_file(folder / TENSORS, device=str(device or "cpu"))
-    layers = description["layers"]
-    report = _report(description)
+    stored = _read(folder)
+    try:
+        state = load_file(folder / TENSORS, device=str(device or "cpu"))
+    except SafetensorError as error:
+        raise ValueError(f"load_pretrained: {folder / TENSORS} is damaged: {error}") from error
+    layers, reports = stored.layers, stored.reports
     if keep is not None:
-        report = _shrink(layers, report, state, keep, folder)
+        reports = shrink(layers, reports, state, keep)
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-    model = _build(folder, description["class"]) if model is None else model
-    _swap(model, layers, state)
-    for name, kept in description["shared"].items():
+    for name, kept in stored.shared.items():
+        if kept not in state:
+            raise ValueError(f"load_pretrained: {folder / TENSORS} is damaged: no {kept}")
         state[name] = state[kept]
-    wrong = model.load_state_dict(state, strict=False, assign=True)
-    if wrong.missing_keys or wrong.unexpected_keys:
-        raise ValueError(
-            f"load_pretrained: {folder} does not fit the model: missing {wrong.missing_keys[:3]}, "
-            f"unexpected {wrong.unexpected_keys[:3]}"
+    model = _build(folder, stored.model_class) if model is None else model
+    _check(model, layers, state)
+    swaps: dict[str, nn.Module] = {
+        place: LowRankLinear(
+            layer["n"], layer["m"], layer["rank"], bias=layer["bias"], device="meta"
         )
-    for name, kept in description["shared"].items():
+        for layer in layers
+        for place in layer["places"]
+    }
+    replace(model, swaps)
+    model.load_state_dict(state, assign=True)
+    for name, kept in stored.shared.items():
         _tie(model, name, kept)
-    if report is not None:
+    for report in reports:
         attach(model, report)
     return model.to(device or "cpu").eval()
 
 
+class _Stored(NamedTuple):
+    model_class: str
+    layers: list[dict[str, Any]]
+    shared: dict[str, str]
+    reports: list[CompressionReport]
+
+
 def _describe(model: nn.Module, shared: dict[str, str]) -> dict[str, Any]:
-    report = attached(model)
-    known = {layer.name: layer for layer in report.layers} if report else {}
+    reports = attached(model)
+    known = {layer.name: (layer, report) for report in reports for layer in report.layers}
     first_names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LowRankLinear):
@@ -150,18 +160,17 @@ def _describe(model: nn.Module, shared: dict[str, str]) -> dict[str, Any]:
     for places in first_names.values():
         module = model.get_submodule(places[0])
         assert isinstance(module, LowRankLinear)
-        layer = next((known[name] for name in places if name in known), None)
+        layer, report = next((known[name] for name in places if name in known), (None, None))
         layers.append(
             {
                 "places": places,
-                "kind": "low_rank",
                 "m": module.out_features,
                 "n": module.in_features,
                 "rank": module.rank,
                 "bias": module.bias is not None,
                 "dtype": str(module.U.dtype).removeprefix("torch."),
                 "predicted_error": layer.predicted_error if layer else None,
-                "calibration_hash": report.calibration_hash if report and layer else None,
+                "calibration_hash": report.calibration_hash if report else None,
             }
         )
     return {
@@ -169,114 +178,105 @@ def _describe(model: nn.Module, shared: dict[str, str]) -> dict[str, Any]:
         "class": type(model).__name__,
         "layers": layers,
         "shared": shared,
-        "report": report.to_dict() if report else None,
+        "reports": [report.to_dict() for report in reports],
     }
 
 
-def _report(description: dict[str, Any]) -> CompressionReport | None:
-    stored = description["report"]
-    if stored is None:
-        return None
-    layers = [LayerReport(**layer) for layer in stored["layers"]]
-    return CompressionReport(**{**stored, "layers": layers})
+def _files(folder: Path) -> list[str]:
+    """What an earlier save wrote there."""
+    try:
+        return list(json.loads((folder / DESCRIPTION).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
-def _shrink(
-    layers: list[dict[str, Any]],
-    report: CompressionReport | None,
-    state: dict[str, Tensor],
-    keep: float,
-    folder: Path,
-) -> CompressionReport:
-    """Cuts the factors in ``state`` to a smaller budget; ``layers`` gets the new ranks."""
-    if not 0 < keep < 1:
-        raise ValueError(f"load_pretrained: keep must lie between 0 and 1, got {keep!r}")
-    if report is None:
-        raise ValueError(
-            f"load_pretrained: {folder} holds no report, so it can only be loaded whole"
-        )
-    if keep > report.keep:
-        raise ValueError(
-            f"load_pretrained: {folder} was compressed to keep={report.keep}, got {keep}"
-        )
-    ranks = _smaller_ranks(report, keep)
-    for layer in layers:
-        rank = next((ranks[name] for name in layer["places"] if name in ranks), layer["rank"])
-        layer["rank"] = rank
-        for place in layer["places"]:
-            for name, size in (
-                (f"{place}.U", (layer["m"], rank)),
-                (f"{place}.V", (rank, layer["n"])),
-            ):
-                if name in state:
-                    state[name] = state[name][: size[0], : size[1]].contiguous()
-    smaller = []
-    for old in report.layers:
-        if old.name not in ranks:
-            smaller.append(old)
-            continue
-        rank = ranks[old.name]
-        smaller.append(
-            changed(
-                old,
-                rank=rank,
-                params_after=parameters(old.m, old.n, rank),
-                predicted_error=old.errors[rank],
-                measured_error=None,
-                errors=old.errors[: rank + 1],
-                loss=old.loss[: rank + 1],
+def _read(folder: Path) -> _Stored:
+    path = folder / DESCRIPTION
+    if not path.is_file() or not (folder / TENSORS).is_file():
+        raise ValueError(f"load_pretrained: no {DESCRIPTION} and {TENSORS} in {folder}")
+    try:
+        stored = json.loads(path.read_text())
+        if stored["format"] != FORMAT:
+            raise ValueError(
+                f"it has format {stored['format']}, this version of structmat reads {FORMAT}"
             )
+        keys = ("places", "m", "n", "rank", "bias")
+        return _Stored(
+            model_class=str(stored["class"]),
+            layers=[{key: layer[key] for key in keys} for layer in stored["layers"]],
+            shared=dict(stored["shared"]),
+            reports=[
+                CompressionReport(**{**x, "layers": [LayerReport(**y) for y in x["layers"]]})
+                for x in stored["reports"]
+            ],
         )
-    kept = sum(x.params_after for x in smaller) / sum(x.params_before for x in smaller)
-    return changed(report, keep=keep, kept=kept, layers=smaller)
-
-
-def _smaller_ranks(report: CompressionReport, keep: float) -> dict[str, int]:
-    low = [layer for layer in report.layers if layer.rank is not None]
-    busy = [layer for layer in low if layer.loss]
-    ranks: dict[str, int] = {}
-    for layer in low:
-        rank = uniform_rank(layer.m, layer.n, keep)
-        ranks[layer.name] = min(layer.rank or 1, rank or 1)
-    if busy:
-        shared = [x for x in report.layers if x.loss or x.rank is None]
-        dense = sum(x.params_after for x in report.layers if x.rank is None)
-        budget = int(keep * sum(x.params_before for x in shared)) - dense
-        found = global_ranks(
-            [(x.m, x.n) for x in busy], [x.loss for x in busy], budget, dense=False
-        )
-        ranks.update({x.name: rank or 1 for x, rank in zip(busy, found, strict=True)})
-    return ranks
+    except KeyError as error:
+        raise ValueError(f"load_pretrained: {path} has no {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"load_pretrained: cannot read {path}: {error}") from error
 
 
 def _build(folder: Path, name: str) -> nn.Module:
     import transformers
 
-    kind = getattr(transformers, name, None)
-    if kind is None or not (folder / "config.json").is_file():
+    kind: Any = getattr(transformers, name, None)
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if not known or not (folder / "config.json").is_file():
         raise ValueError(
-            f"load_pretrained: {name} is not a class of transformers {transformers.__version__}; "
+            f"load_pretrained: {name} is not a model of transformers {transformers.__version__}; "
             "give model, the uncompressed architecture"
         )
-    return kind(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    home = "initialization" if transformers.__version__ >= "5" else "modeling_utils"
+    with import_module(f"transformers.{home}").no_init_weights():  # all are about to be replaced
+        model: Any = kind(config)
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(
+            folder, local_files_only=True
+        )
+    return cast(nn.Module, model)
 
 
-def _swap(model: nn.Module, layers: list[dict[str, Any]], state: dict[str, Tensor]) -> None:
-    swaps: dict[str, nn.Module] = {}
+def _check(model: nn.Module, layers: list[dict[str, Any]], state: dict[str, Tensor]) -> None:
+    """That the layers, names and shapes stored are the model's, which is left as it is.
+
+    Raises:
+        ValueError: they are not.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for layer in layers:
+        m, n, rank = layer["m"], layer["n"], layer["rank"]
         for place in layer["places"]:
             try:
                 old = model.get_submodule(place)
             except AttributeError as error:
                 raise ValueError(f"load_pretrained: the model has no layer {place}") from error
-            if not is_linear(old) and not isinstance(old, LowRankLinear):
+            if isinstance(old, LowRankLinear):
+                found = (old.out_features, old.in_features)
+            elif is_linear(old):
+                a, b = weight_of(old).shape
+                found = (a, b) if isinstance(old, nn.Linear) else (b, a)
+            else:
                 raise ValueError(
                     f"load_pretrained: {place} is a {type(old).__name__}, not a linear layer"
                 )
-            swaps[place] = LowRankLinear(
-                layer["n"], layer["m"], layer["rank"], bias=layer["bias"], device="meta"
+            if found != (m, n) or (bias_of(old) is not None) != layer["bias"]:
+                raise ValueError(
+                    f"load_pretrained: the model's {place} is {found[0]} x {found[1]} "
+                    f"{'with' if bias_of(old) is not None else 'without'} bias, the stored one "
+                    f"{m} x {n} {'with' if layer['bias'] else 'without'}"
+                )
+            for part in ("weight", "U", "V"):
+                wanted.pop(f"{place}.{part}", None)
+            wanted |= {f"{place}.U": (m, rank), f"{place}.V": (rank, n)}
+    stored = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in [*wanted, *stored]:
+        if wanted.get(name) != stored.get(name):
+            raise ValueError(
+                f"load_pretrained: {name} is {stored.get(name, 'missing')} in the folder and "
+                f"{wanted.get(name, 'missing')} in the model; give the model that was compressed, "
+                "as it was before, as model"
             )
-    replace(model, swaps)
 
 
 def _tie(model: nn.Module, name: str, kept: str) -> None:
@@ -304,34 +304,3 @@ def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
         tensors[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     return tensors, shared
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A scratch folder that takes the place of ``folder`` on success and vanishes on failure."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"save_pretrained: {folder} is a file")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
-        raise ValueError(
-            f"save_pretrained: {folder} holds something else than a compressed model; choose an "
-            "empty or new folder"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    old = scratch.with_name(scratch.name + ".old")
-    try:
-        mask = os.umask(0)
-        os.umask(mask)
-        scratch.chmod(0o777 & ~mask)  # mkdtemp's is readable by its owner alone
-        yield scratch
-        if folder.exists():
-            folder.rename(old)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

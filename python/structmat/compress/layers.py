@@ -2,7 +2,7 @@
 """Which layers of a model are compressed, and how they are replaced."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import cast
@@ -47,21 +47,15 @@ class Target:
         return list(dict.fromkeys(self.places.values()))
 
     def replacements(self, factors: Factors) -> dict[str, LowRankLinear]:
-        """A layer for each place. Tied layers share ``U`` and ``V`` and keep their own biases."""
-        m, n = self.shape
+        """A layer for each place. Tied layers share ``U`` and ``V``, and a bias they had in common.
+
+        The bias is the old layer's own parameter, so that whatever else uses it still does.
+        """
         made: dict[nn.Module, LowRankLinear] = {}
         first: LowRankLinear | None = None
         for module in self.modules:
-            bias, weight = bias_of(module), weight_of(module)
-            layer = LowRankLinear(
-                n,
-                m,
-                factors.U.shape[1],
-                bias=bias is not None,
-                device=weight.device,
-                dtype=weight.dtype,
-            )
-            layer._set(factors.U, factors.V, bias)
+            weight = weight_of(module)
+            layer = LowRankLinear._of(factors.U, factors.V, bias_of(module), weight)
             if first is None:
                 first = layer
             else:
@@ -91,17 +85,18 @@ def find_targets(model: nn.Module, filter: Filter) -> list[Target]:
     """The chosen layers in the order of ``model.named_modules()``, grouped by weight.
 
     Raises:
-        ValueError: no layer chosen; a chosen weight is also used elsewhere (as an embedding, say),
-            or has NaN or Inf.
+        ValueError: no layer chosen; a chosen layer has hooks; a chosen weight is also used
+            elsewhere (as an embedding, say), or has NaN or Inf.
     """
     chosen = _matcher(filter)
-    places: dict[int, dict[str, nn.Module]] = defaultdict(dict)
+    places: dict[Hashable, dict[str, nn.Module]] = defaultdict(dict)
     for name, module in model.named_modules(remove_duplicate=False):
         if name and is_linear(module) and chosen(name, module):  # the top module has no place
-            places[id(weight_of(module))][name] = module
-    users: dict[int, list[str]] = defaultdict(list)
+            _check_plain(name, module)
+            places[_identity(weight_of(module))][name] = module
+    users: dict[Hashable, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        users[id(parameter)].append(name)
+        users[_identity(parameter)].append(name)
     targets = []
     for key, found in places.items():
         others = [name for name in users[key] if name.removesuffix(".weight") not in found]
@@ -128,6 +123,22 @@ def find_targets(model: nn.Module, filter: Filter) -> list[Target]:
             else "compress: the model contains no nn.Linear or Conv1D"
         )
     return targets
+
+
+def _identity(parameter: Tensor) -> Hashable:
+    """The same for parameters that are one, or that view the same memory alike."""
+    if parameter.is_meta or not parameter.numel():
+        return id(parameter)
+    return parameter.device, parameter.data_ptr(), tuple(parameter.shape), parameter.stride()
+
+
+def _check_plain(name: str, module: nn.Module) -> None:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, kind) for kind in hooks) or "forward" in vars(module):
+        raise ValueError(
+            f"compress: {name} has hooks or a forward of its own, which its replacement would not "
+            "have; remove them or leave it out by filter"
+        )
 
 
 def replace(model: nn.Module, layers: dict[str, nn.Module]) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a compression did, layer by layer."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,8 @@ class LayerReport:
         rank: of the new weight; ``None`` for a dense layer.
         params_before, params_after: weights, biases not counted.
         predicted_error: relative output error ``||Y - Y'||_F / ||Y||_F`` from the moments alone
-            (biases not counted). Without calibration data, that of the weight itself.
+            (biases not counted). Without calibration data, that of the weight itself. ``None``
+            where a ``sequential`` model was loaded at a smaller ``keep``.
         measured_error: the same, measured by running the calibration data again.
         sensitivity: predicted squared change of the model's output, per sequence, if the layer's
             weight were zero; ``None`` where it was not estimated.
@@ -38,7 +39,7 @@ class LayerReport:
     rank: int | None
     params_before: int
     params_after: int
-    predicted_error: float
+    predicted_error: float | None
     measured_error: float | None = None
     sensitivity: float | None = None
     spectrum: list[float] = field(default_factory=list, repr=False)
@@ -92,19 +93,34 @@ class CompressionReport:
         )
         for layer in self.layers:
             rank = "dense" if layer.rank is None else str(layer.rank)
-            measured = "-" if layer.measured_error is None else f"{layer.measured_error:.4f}"
+            predicted, measured = (
+                "-" if error is None else f"{error:.4f}"
+                for error in (layer.predicted_error, layer.measured_error)
+            )
             lines.append(
                 f"{layer.name:{width}}  {f'{layer.m} x {layer.n}':>13}  {rank:>5}  "
-                f"{layer.params_after / layer.params_before:6.1%}  {layer.predicted_error:9.4f}  "
-                f"{measured:>8}"
+                f"{layer.params_after / layer.params_before:6.1%}  {predicted:>9}  {measured:>8}"
             )
         return "\n".join(lines)
 
 
 def attach(model: nn.Module, report: CompressionReport) -> None:
-    """Keeps the report with the model, for :func:`structmat.save_pretrained`."""
-    object.__setattr__(model, "_structmat_report", report)
+    """Keeps the report with the model, for :func:`structmat.save_pretrained`.
+
+    Earlier ones stay, without the layers that this one names: those they had left dense.
+    """
+    named = {layer.name for layer in report.layers}
+    reports = []
+    for old in attached(model):
+        layers = [layer for layer in old.layers if layer.name not in named]
+        if len(layers) == len(old.layers):
+            reports.append(old)
+        elif layers:
+            kept = sum(x.params_after for x in layers) / sum(x.params_before for x in layers)
+            reports.append(replace(old, layers=layers, kept=kept))
+    object.__setattr__(model, "_structmat_reports", [*reports, report])
 
 
-def attached(model: nn.Module) -> CompressionReport | None:
-    return getattr(model, "_structmat_report", None)
+def attached(model: nn.Module) -> list[CompressionReport]:
+    """The reports of every compression of the model, oldest first."""
+    return list(getattr(model, "_structmat_reports", []))

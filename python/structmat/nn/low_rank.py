@@ -2,11 +2,76 @@
 """``y = x V^T U^T + b``: a linear layer whose weight is the product of two thin factors."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .. import ops
+
+_CHEAP = {
+    getattr(Tensor, name).__get__
+    for name in (
+        "dtype",
+        "device",
+        "shape",
+        "ndim",
+        "is_cuda",
+        "is_meta",
+        "layout",
+        "requires_grad",
+    )
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
+
+
+class _Product(Tensor):
+    """``U V``, computed by what is called with it, unless that needs only its dtype or shape.
+
+    Being no plain tensor, it also keeps ``nn.TransformerEncoderLayer`` from its fused path, which
+    would multiply by the dense weight.
+    """
+
+    _factors: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def __new__(cls, U: Tensor, V: Tensor) -> "_Product":
+        product: _Product = Tensor._make_wrapper_subclass(
+            cls,
+            (U.shape[0], V.shape[1]),
+            dtype=U.dtype,
+            device=U.device,
+            requires_grad=torch.is_grad_enabled() and (U.requires_grad or V.requires_grad),
+        )
+        product._factors = U, V
+        return product
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _CHEAP:
+                return func(*args, **kwargs)
+            name = func.__name__
+            if name in ("__set__", "__setitem__") or (name[-1] == "_" and name[-2:] != "__"):
+                raise RuntimeError(
+                    "LowRankLinear.weight is a product: change its factors, U and V, instead"
+                )
+            args, kwargs = tree_map_only(
+                cls, lambda x: x._factors[0] @ x._factors[1], (args, kwargs)
+            )
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        raise NotImplementedError(
+            f"LowRankLinear.weight: {func} was called past __torch_function__; give it the product "
+            "itself, layer.U @ layer.V"
+        )
 
 
 class LowRankLinear(nn.Module):
@@ -28,6 +93,7 @@ class LowRankLinear(nn.Module):
             pairs (column of ``U``, row of ``V``) by descending energy: a prefix of them is the best
             layer of that smaller rank.
         bias: ``(m,)`` or ``None``.
+        weight: ``U V (m, n)``, computed when it is used.
 
     Raises:
         ValueError: a size is below one, or ``rank`` above ``min(m, n)``.
@@ -89,6 +155,18 @@ class LowRankLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """``W = U V``, for code that reads the weight of a dense layer. Not a parameter.
+
+        Its dtype, device and shape cost nothing; any other use computes the product, ``2 m n r``
+        FLOPs each time and ``m n`` numbers of memory, and gradients flow to ``U`` and ``V``.
+
+        Raises:
+            RuntimeError: it is written to, which would change neither.
+        """
+        return self.U @ self.V if torch.compiler.is_compiling() else _Product(self.U, self.V)
+
     def forward(self, x: Tensor) -> Tensor:
         return ops.low_rank_linear(x, self.U, self.V, self.bias)
 
@@ -112,6 +190,10 @@ class LowRankLinear(nn.Module):
         from ..compress import factor
 
         W = linear.weight.detach()
+        if not 1 <= rank <= min(W.shape):
+            raise ValueError(
+                f"LowRankLinear.from_linear: rank must be from 1 to {min(W.shape)}, got {rank}"
+            )
         if not torch.isfinite(W).all():
             raise ValueError("LowRankLinear.from_linear: the weight has NaN or Inf")
         if inputs is None:
@@ -127,16 +209,21 @@ class LowRankLinear(nn.Module):
                 raise ValueError("LowRankLinear.from_linear: the inputs have NaN or Inf")
             small = rows if factor.on_input_side(W) else rows @ W.double().T
             factors = factor.whitened(W, small.T @ small)
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            rank,
-            bias=linear.bias is not None,
-            device=W.device,
-            dtype=W.dtype,
-        )
-        layer._set(factors.U[:, :rank], factors.V[:rank], linear.bias)
+        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
+        layer = cls._of(factors.U[:, :rank], factors.V[:rank], bias, W)
         return layer.train(linear.training)
+
+    @classmethod
+    def _of(cls, U: Tensor, V: Tensor, bias: nn.Parameter | None, like: Tensor) -> "LowRankLinear":
+        """A layer with copies of the factors, of the dtype and device of ``like``, and this bias.
+
+        Made on the meta device first: no random numbers are drawn.
+        """
+        layer = cls(V.shape[1], U.shape[0], U.shape[1], bias=False, device="meta")
+        layer.U = nn.Parameter(U.detach().to(like, copy=True).contiguous())
+        layer.V = nn.Parameter(V.detach().to(like, copy=True).contiguous())
+        layer.bias = bias
+        return layer
 
     def to_linear(self) -> nn.Linear:
         """The dense layer with ``W = U V``, of the same dtype and device."""
@@ -152,13 +239,6 @@ class LowRankLinear(nn.Module):
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         return linear.train(self.training)
-
-    @torch.no_grad()
-    def _set(self, U: Tensor, V: Tensor, bias: Tensor | None) -> None:
-        self.U.copy_(U)
-        self.V.copy_(V)
-        if self.bias is not None and bias is not None:
-            self.bias.copy_(bias)
 
     def extra_repr(self) -> str:
         return (
