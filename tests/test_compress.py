@@ -383,8 +383,7 @@ def test_regression_matches_alternating_least_squares() -> None:
     W = torch.randn(10, 14, dtype=DOUBLE)
     X = torch.randn(300, 14, dtype=DOUBLE)
     X2 = X + 0.3 * torch.randn(300, 14, dtype=DOUBLE)
-    first = factor.whitened(W, X.T @ X if factor.on_input_side(W) else W @ X.T @ X @ W.T).head(4)
-    found = factor.regressed(W, first, X2.T @ X2, X.T @ X2, keep_U=False)
+    found = factor.regressed(W, X2.T @ X2, X.T @ X2, 4)
     ridge = 1e-2 * X2.square().sum() / 14 * torch.eye(14, dtype=DOUBLE)
     U = torch.randn(10, 4, dtype=DOUBLE)
     # The ridge pulls towards W: the same problem with extra rows whose target is W's own output.
@@ -453,3 +452,129 @@ def test_layer_that_no_batch_reaches() -> None:
 
     with pytest.raises(ValueError, match="no calibration batch reaches unused"):
         sm.compress(Branch(), 0.5, calibration=[torch.randn(8, 16)])
+
+
+def test_weighting_of_low_rank_is_completed_by_the_weight() -> None:
+    torch.manual_seed(0)
+    W, X = (
+        torch.randn(10, 8, dtype=DOUBLE),
+        torch.randn(50, 2, dtype=DOUBLE) @ torch.randn(2, 8, dtype=DOUBLE),
+    )
+    best = torch.linalg.svdvals(W)[4:].square().sum().sqrt()
+    for factors in (
+        factor.fisher(W, torch.zeros(8)),
+        factor.whitened(W, torch.zeros(8, 8).double()),
+    ):
+        error = torch.linalg.norm(W - factors.U[:, :4] @ factors.V[:4])
+        torch.testing.assert_close(error, best)
+    factors = factor.whitened(W, X.T @ X)
+    Q = torch.linalg.qr(W @ X.T[:, :2]).Q
+    rest = torch.linalg.svdvals(W - Q @ Q.T @ W)[2:].square().sum().sqrt()
+    error = torch.linalg.norm(W - factors.U[:, :4] @ factors.V[:4])
+    torch.testing.assert_close(error, rest)
+
+
+def test_balanced_factors_are_the_same_product() -> None:
+    torch.manual_seed(0)
+    factors = factor.svd(torch.randn(64, 32))
+    even = factors.balanced()
+    assert torch.equal(even.U @ even.V, factors.U @ factors.V)
+    assert even.U.square().mean(0).sqrt().sub(1).abs().max() < 0.5
+    kept = factors.kept(4, torch.float16)
+    assert kept.U.untyped_storage().nbytes() == 64 * 4 * 2
+
+
+class Writes(nn.Module):
+    """Writes to what its layers were fed and to what they returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x += self.a(x)
+        return self.b(x).relu_()
+
+
+@pytest.mark.parametrize("ranks", ["uniform", "global"])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_models_that_write_in_place(ranks: str, sequential: bool) -> None:
+    torch.manual_seed(0)
+    model, data = Writes(), [torch.randn(60, 16) for _ in range(3)]
+    before = [x.clone() for x in data]
+    report = sm.compress(model, 0.5, ranks=ranks, sequential=sequential, calibration=data)
+    for layer in report.layers:
+        if layer.rank:
+            assert layer.measured_error == pytest.approx(layer.predicted_error, rel=1e-3)
+    assert all(torch.equal(x, y) for x, y in zip(data, before, strict=True))
+
+
+def test_model_that_wants_its_own_layers_stays() -> None:
+    class Strict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not isinstance(self.a, nn.Linear):
+                raise TypeError("a is no nn.Linear")
+            return self.a(x)
+
+    model = Strict()
+    with pytest.raises(ValueError, match=r"fails on the calibration data.*no nn\.Linear"):
+        sm.compress(model, 0.5, calibration=[torch.randn(8, 16)])
+    assert type(model.a) is nn.Linear
+
+
+def test_encoder_decoder_masks() -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4
+    )
+    model = transformers.T5Model(config).eval()
+    ids = torch.randint(1, 50, (4, 12))
+    mask = (torch.arange(12) < torch.tensor([[3], [12], [5], [7]])).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    from structmat.compress.calibrate import Masks
+    from structmat.compress.layers import Target
+
+    for extra in ({}, {"decoder_attention_mask": 1 - mask}):
+        masks = Masks(model, batch | extra)
+        place = lambda name: Target({name: model.get_submodule(name)})  # noqa: E731
+        assert torch.equal(masks.of(place("encoder.block.0.layer.0.SelfAttention.q")), mask.bool())
+        own = masks.of(place("decoder.block.0.layer.0.SelfAttention.q"))
+        assert torch.equal(own, ~mask.bool()) if extra else own is None
+        assert masks.of(place("decoder.block.0.layer.1.EncDecAttention.k")) is None
+
+
+def test_small_errors_are_predicted() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64))
+    basis = torch.randn(8, 64)
+    data = [torch.randn(5000, 8) @ basis + 2e-4 * torch.randn(5000, 64) for _ in range(2)]
+    layer = sm.compress(model, 0.3, calibration=data).layers[0]
+    assert layer.measured_error < 5e-4
+    assert layer.measured_error == pytest.approx(layer.predicted_error, rel=1e-3)
+
+
+def test_large_activations() -> None:
+    model = nn.Sequential(nn.Linear(16, 16, bias=False))
+    layer = sm.compress(model, 0.5, calibration=[1e20 * torch.randn(50, 16)]).layers[0]
+    assert layer.measured_error == pytest.approx(layer.predicted_error, rel=1e-3)
+
+
+def test_calls_that_are_mistakes() -> None:
+    x = torch.randn(8, 16)
+    make = lambda: nn.Sequential(nn.Linear(16, 16))  # noqa: E731
+    for bad in (x, {"input": x}, "text", ["text"]):
+        with pytest.raises(TypeError, match="list of batches"):
+            sm.compress(make(), 0.5, calibration=bad)
+    spent = iter([x])
+    with pytest.raises(ValueError, match="1 batches at first and 0"):
+        sm.compress(make(), 0.5, calibration=lambda: spent)
+    with pytest.raises(ValueError, match="no parameters"):
+        sm.compress(nn.Sequential(nn.ReLU()), 0.5, method="svd")
+    with pytest.raises(ValueError, match="from_linear"):
+        sm.compress(nn.Linear(16, 16), 0.5, method="svd")
+    with torch.inference_mode():
+        sm.compress(make(), torch.tensor(0.5).numpy()[()], calibration=[torch.randn(8, 16)])

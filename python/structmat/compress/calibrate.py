@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second moments of activations and of gradients, summed while batches stream through a model.
 
-No activation outlives its batch. Products of a batch are float32 on the CPU (float64 on CUDA, where
-float32 may mean TF32) in blocks of bounded length and are summed in float64.
+No activation outlives its batch. Moments are products in float64, block by block. Those of the
+gradients are float32 on the CPU (float64 on CUDA, where float32 may mean TF32), summed in float64.
 """
 
 import hashlib
@@ -21,13 +21,19 @@ Objective = Callable[[Any, Batch], Tensor]
 Progress = Callable[[str, int, int], None]
 
 _SAMPLE_ROWS = 16384  # for gradients
-_BLOCK_ROWS = 4096  # of a float32 product: its rounding stays near 1e-6 of the result
+_BLOCK_ROWS = 4096  # converted to float64 at a time
 
 
 class Calibration:
     """The user's batches, any number of times; what they are and how many rows they hold."""
 
     def __init__(self, data: Iterable[Batch] | Callable[[], Iterable[Batch]], model: nn.Module):
+        single = isinstance(data, Mapping | Tensor | str | bytes)
+        if single or not (callable(data) or isinstance(data, Iterable)):
+            raise TypeError(
+                "compress: calibration must be a list of batches, or a function that returns "
+                f"them, got {type(data).__name__}"
+            )
         if not callable(data) and isinstance(data, Iterator):
             data = list(data)
         self._data = data
@@ -35,7 +41,12 @@ class Calibration:
         digest = hashlib.sha256()
         self.batches = 0
         self.tokens = 0
-        for batch in self:
+        for batch in self._pass():
+            if isinstance(batch, str | bytes):
+                raise TypeError(
+                    "compress: calibration must be a list of batches of tensors, got a batch of "
+                    f"type {type(batch).__name__}; tokenize texts first"
+                )
             self.batches += 1
             self.tokens += _count(batch)
             _digest(digest, batch)
@@ -46,8 +57,19 @@ class Calibration:
         self.hash = digest.hexdigest()
 
     def __iter__(self) -> Iterator[Batch]:
+        count = 0
+        for batch in self._pass():
+            yield batch
+            count += 1
+        if count != self.batches:
+            raise ValueError(
+                f"compress: calibration gave {self.batches} batches at first and {count} in a "
+                "later pass; a function must return a new iterator at each call"
+            )
+
+    def _pass(self) -> Iterator[Batch]:
         for batch in self._data() if callable(self._data) else self._data:
-            yield _to(batch, self._device)
+            yield _each(batch, lambda x: x.to(self._device))
 
     def sample(self, *, repeat: bool = False) -> Iterator[Batch]:
         """Evenly spaced batches, some 16,000 rows in all; ``repeat``: little data again."""
@@ -67,7 +89,11 @@ class Calibration:
 
 
 def run(model: nn.Module, batch: Batch) -> Any:
-    """Calls the model: a mapping is keywords, a tuple or list arguments, a tensor one argument."""
+    """Calls the model: a mapping is keywords, a tuple or list arguments, a tensor one argument.
+
+    The model gets copies of floating-point tensors, which it may write to.
+    """
+    batch = _each(batch, lambda x: x.clone() if x.is_floating_point() or x.is_inference() else x)
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, tuple | list):
@@ -95,39 +121,58 @@ def main_output(output: Any) -> Tensor:
     )
 
 
-def mask_of(batch: Batch) -> Tensor | None:
-    """``attention_mask`` as booleans ``(B, T)``, where the batch has one of that shape."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+class Masks:
+    """Which rows of a batch are no padding, as booleans ``(B, T)``: for a target, or the output.
+
+    In an encoder-decoder model ``attention_mask`` is the encoder's and ``decoder_attention_mask``
+    the decoder's; cross-attention, fed by both, has none.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch):
+        self._batch = mask_of(batch)
+        self._split = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.output = mask_of(batch, "decoder_attention_mask") if self._split else self._batch
+
+    def of(self, target: Target) -> Tensor | None:
+        parts = target.name.split(".")
+        if not self._split or ("encoder" in parts and "decoder" not in parts):
+            return self._batch
+        inside = parts[parts.index("decoder") :] if "decoder" in parts else []
+        crossed = any("enc" in part.lower() or "cross" in part.lower() for part in inside)
+        return None if crossed else self.output
+
+
+def mask_of(batch: Batch, name: str = "attention_mask") -> Tensor | None:
+    """A mask of shape ``(B, T)`` as booleans, where the batch has one."""
+    mask = batch.get(name) if isinstance(batch, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def sequences(x: Tensor, mask: Tensor | None) -> Tensor:
     """``(sequences, rows, n)`` with padding set to zero; rows without a sequence stand alone."""
-    x = (
-        x.unsqueeze(1)
-        if x.ndim == 2
-        else x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, x.shape[-1])
-    )
     if mask is not None:
-        if x.shape[:2] == mask.shape:
-            return x * mask.unsqueeze(-1).to(x)
-        if x.shape[1] == 1 and x.shape[0] == mask.numel() and mask.shape[1] != 1:
-            return x * mask.reshape(-1, 1, 1).to(x)
-    return x
+        padding = ~mask.to(x.device)
+        if x.ndim > 2 and x.shape[:2] == mask.shape:
+            x = x.masked_fill(padding.reshape(*mask.shape, *[1] * (x.ndim - 2)), 0)
+        elif x.ndim == 2 and x.shape[0] == mask.numel():
+            x = x.masked_fill(padding.reshape(-1, 1), 0)
+    if x.ndim == 2:
+        return x.unsqueeze(1)
+    return x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, x.shape[-1])
 
 
 def rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """``(rows, n)`` without padding."""
     if mask is not None:
-        if x.shape[:-1] == mask.shape:
-            return x[mask]
-        if x.ndim == 2 and x.shape[0] == mask.numel():
-            return x[mask.flatten()]
+        if x.ndim > 2 and x.shape[:2] == mask.shape:
+            x = x[mask.to(x.device)]
+        elif x.ndim == 2 and x.shape[0] == mask.numel():
+            x = x[mask.flatten().to(x.device)]
     return x.reshape(-1, x.shape[-1])
 
 
 def wide(x: Tensor) -> Tensor:
-    """The type in which products of a batch are taken."""
+    """The type in which products of gradients are taken."""
     return x.double() if x.is_cuda or x.dtype == torch.float64 else x.float()
 
 
@@ -137,11 +182,14 @@ def without_bias(module: nn.Module, y: Tensor) -> Tensor:
     return y if bias is None else y - bias
 
 
-def gram(x: Tensor, y: Tensor) -> Tensor:
-    """``x^T y`` of two ``(rows, .)`` matrices in float64."""
+def gram(x: Tensor, y: Tensor, shift: Tensor | None = None) -> Tensor:
+    """``(x - shift)^T (y - shift)`` of two ``(rows, .)`` matrices in float64."""
     total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
-    for a, b in zip(wide(x).split(_BLOCK_ROWS), wide(y).split(_BLOCK_ROWS), strict=True):
-        total += a.T @ b
+    for a, b in zip(x.split(_BLOCK_ROWS), y.split(_BLOCK_ROWS), strict=True):
+        a, b = a.double(), b.double()
+        if shift is not None:
+            a, b = a - shift, b - shift
+        total.addmm_(a.T, b)
     return total
 
 
@@ -180,7 +228,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         for parameter in learning:
             parameter.requires_grad_(False)
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -212,27 +261,26 @@ def moments(
         ValueError: NaN or Inf in an activation, or a layer that no batch reaches.
     """
     sums: dict[Target, Tensor] = {}
-    last: tuple[Tensor | None, Tensor | None] = (None, None)
-    mask: Tensor | None = None
+    last: list[Any] = []  # the tensor last seen, its version, its mask and its Gram matrix
 
     def see(target: Target, module: nn.Module, x: Tensor, y: Tensor) -> None:
-        nonlocal last
+        mask = masks.of(target)
         if on_input_side(target.weight):
-            if last[0] is not x:  # query, key and value are fed the same tensor
+            # Query, key and value are fed the same tensor; a residual sum may write to it.
+            if not (last and last[0] is x and last[1] == x._version and last[2] is mask):
                 z = rows(x, mask)
-                last = (x, gram(z, z))
-            product = last[1]
+                last[:] = x, x._version, mask, gram(z, z)
+            product = last[3]
         else:
-            z = rows(without_bias(module, wide(y)), mask)
-            product = gram(z, z)
-        assert product is not None
+            z = rows(y, mask)
+            product = gram(z, z, bias_of(module))
         sums[target] = sums[target].add_(product) if target in sums else product.clone()
 
     with torch.no_grad(), observing(modules_of(targets), see):
         for batch in calibration:
-            mask = mask_of(batch)
+            masks = Masks(model, batch)
             run(model, batch)
-            last = (None, None)
+            last.clear()
             step()
     check_reached(targets, sums)
     for target, total in sums.items():
@@ -255,13 +303,13 @@ def _values(output: Any) -> Iterable[Any]:
     return output if isinstance(output, tuple | list) else ()
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
+def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return change(batch)
     if isinstance(batch, Mapping):
-        return {name: _to(value, device) for name, value in batch.items()}
+        return {name: _each(value, change) for name, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return tuple(_to(value, device) for value in batch)
+        return tuple(_each(value, change) for value in batch)
     return batch
 
 

@@ -4,20 +4,22 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
+from ..nn import LowRankLinear
 from . import factor
 from .allocate import global_ranks, largest_rank, parameters, uniform_rank
 from .calibrate import (
     Batch,
     Calibration,
+    Masks,
     Objective,
     Progress,
     call_order,
     evaluating,
-    mask_of,
     modules_of,
     moments,
     observing,
@@ -30,7 +32,7 @@ from .layers import Filter, Target, find_targets, replace
 from .memory import PeakMemory
 from .report import CompressionReport, LayerReport, attach
 from .sensitivity import Sensitivity, fisher_weights, sensitivities
-from .sequential import fit_in_sequence
+from .sequential import fit_in_sequence, placing, stages_of
 
 METHODS = ("svd", "fisher", "whitened")
 RANKS = ("uniform", "global")
@@ -42,7 +44,8 @@ class _Plan:
     """What is known of one layer until its rank is."""
 
     target: Target
-    factors: Factors | None = None
+    factors: Factors | None = None  # of global ranks, until the rank is known
+    spectrum: Tensor | None = None
     error: Tensor | None = None  # relative output error at rank 0, 1, ...
     loss: Tensor | None = None  # predicted change of the model's output at rank 0, 1, ...
     rank: int | None = None
@@ -96,7 +99,8 @@ def compress(
             is left out by ``attention_mask``. Not needed for ``svd`` with uniform ranks.
         objective: ``objective(output, batch) -> tensor``. For ``global`` ranks the part of the
             model's output that counts, by default ``logits`` or ``last_hidden_state``, else the
-            first tensor; for ``fisher`` the loss, by default the output's own ``loss``.
+            first tensor; for ``fisher`` the loss, by default the output's own ``loss``. With both
+            it is the loss alone, and the ranks are for the default part of the output.
         filter: which layers: a pattern or patterns of names as in a shell (``"encoder.*"``), or
             ``filter(name, module) -> bool``; by default all but those whose weight is tied to
             something else, as to an embedding.
@@ -110,14 +114,19 @@ def compress(
     Raises:
         ValueError: an option out of range; calibration missing, empty or not reaching a layer; no
             layer chosen; a chosen weight tied to a layer that stays; NaN or Inf in weights,
-            activations or gradients; no loss for ``fisher``. The model is then as it was.
+            activations or gradients; no loss for ``fisher``; a function's batches run out or differ
+            in number; the compressed model fails on the first batch. The model is then as it was.
+        TypeError: calibration is a single batch or holds texts.
 
-    Cost: two passes over the data (moments; measured errors), for ``global`` a forward and backward
-    over the 16,000 tokens, then one SVD and up to two eigendecompositions in float64 a layer.
-    ``sequential`` runs the original and the compressed model up to each layer in turn. Memory: the
-    model, its factors, and float64 moments of a group of layers, at most 256 MiB or a quarter of
-    the model (or those of one layer); activations are never stored. The same data and seed give the
-    same bytes.
+    Cost: the data is read once for its hash, run once for the moments of each group of layers and
+    once for the measured errors; for ``global`` and ``fisher`` a forward and backward over the
+    16,000 tokens a group; then one SVD and up to two eigendecompositions in float64 a layer.
+    ``sequential`` runs the original and the compressed model up to each layer in turn (with uniform
+    ranks only that). Memory: the model, its factors (in its own dtype; for ``global`` ranks at the
+    largest rank worth keeping, the size of the model), and float64 moments of a group of layers, at
+    most 256 MiB or a quarter of the model (or those of one layer); for ``sequential`` those of one
+    layer's inputs, twice ``(n, n)``. Activations are kept for one batch at most. The same data and
+    seed give the same bytes on the same machine with the same number of threads.
 
     Example:
         >>> import torch, structmat as sm
@@ -134,6 +143,7 @@ def compress(
     """
     started = time.perf_counter()
     _check_options(model, keep, method, ranks, sequential, calibration)
+    keep = float(keep)
     tell = progress or (lambda stage, done, total: None)
     device = next(model.parameters()).device
     with PeakMemory(device) as memory, evaluating(model):
@@ -141,18 +151,23 @@ def compress(
         data = None if calibration is None else Calibration(calibration, model)
         if data is not None:
             targets = call_order(model, targets, data)
-        plans = _factor(model, targets, data, keep, method, ranks, objective, seed, tell)
-        for plan in plans:
-            if plan.factors is not None:
-                plan.factors = None if plan.rank is None else plan.factors.head(plan.rank)
+        stages = []
         if sequential and data is not None:
-            _refit(model, plans, data, tell, keep_U=ranks == "global")
+            some = [target for target in targets if largest_rank(*target.shape)]
+            stages = stages_of(model, some, data)
+        if sequential and ranks == "uniform":  # the ranks are all it takes
+            plans = [_Plan(target, rank=uniform_rank(*target.shape, keep)) for target in targets]
         else:
+            plans = _factor(model, targets, data, keep, method, ranks, objective, seed, tell)
             for plan in plans:
-                if plan.factors is not None:
-                    plan.places = dict(plan.target.replacements(plan.factors))
-            if data is not None:
-                _measure(model, plans, data, tell)
+                if plan.factors is not None and not sequential:
+                    _make(plan, plan.factors)
+        if sequential and data is not None:
+            _refit(model, stages, plans, data, tell)
+        elif data is not None:
+            _measure(model, plans, data, tell)
+        if data is not None:
+            _try(model, plans, data)
     for plan in plans:
         replace(model, plan.places)
     layers = [_report(plan) for plan in plans]
@@ -178,7 +193,14 @@ def _check_options(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(keep, int | float) or not 0 < keep < 1:
+    if type(model) in (nn.Linear, LowRankLinear):
+        raise ValueError(
+            "compress: the model is a linear layer itself, which has no place to be replaced in; "
+            "use structmat.nn.LowRankLinear.from_linear"
+        )
+    if next(model.parameters(), None) is None:
+        raise ValueError("compress: the model has no parameters")
+    if not isinstance(keep, Real) or not 0 < keep < 1:
         raise ValueError(f"compress: keep must lie between 0 and 1, got {keep!r}")
     if method not in METHODS:
         raise ValueError(f"compress: method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -240,13 +262,24 @@ def _factor(
             if target in sensitivity:
                 left, right, _ = sensitivity.pop(target)
                 plan.loss = factor.errors(W, factors, right, left).cpu()
-            plan.factors = factors.head(plan.rank or largest_rank(*target.shape))
+            plan.spectrum = factors.spectrum.cpu()
+            if ranks == "global":
+                plan.factors = factors.kept(largest_rank(*target.shape), W.dtype)
+            else:
+                _make(plan, factors.balanced())
             plan.seconds = time.perf_counter() - begun
             done += 1
             tell("factor", done, len(open_plans))
     if ranks == "global":
         _allocate(open_plans, keep)
     return plans
+
+
+def _make(plan: _Plan, factors: Factors) -> None:
+    """The new layers, in place of the factors, which take far more memory."""
+    if plan.rank is not None:
+        plan.places = dict(plan.target.replacements(factors.head(plan.rank)))
+    plan.factors = None
 
 
 def _closed_form(
@@ -317,22 +350,46 @@ def _counter(stage: str, total: int, tell: Progress) -> Callable[[], None]:
 
 
 def _refit(
-    model: nn.Module, plans: list[_Plan], data: Calibration, tell: Progress, *, keep_U: bool
+    model: nn.Module,
+    stages: list[list[Target]],
+    plans: list[_Plan],
+    data: Calibration,
+    tell: Progress,
 ) -> None:
-    begun = {plan.target: plan.factors for plan in plans if plan.factors is not None}
-    fits = fit_in_sequence(model, begun, data, tell, keep_U=keep_U)
+    ranks = {plan.target: plan.rank for plan in plans if plan.rank is not None}
+    first = {
+        plan.target: plan.factors.head(plan.rank)
+        for plan in plans
+        if plan.factors is not None and plan.rank is not None
+    }
+    fits = fit_in_sequence(model, stages, ranks, first, data, tell)
     for plan in plans:
+        plan.factors = None
         if plan.target in fits:
-            plan.places, plan.error, plan.measured = fits[plan.target]
+            plan.places, plan.error, plan.measured, plan.spectrum = fits[plan.target]
+
+
+def _try(model: nn.Module, plans: list[_Plan], data: Calibration) -> None:
+    """One batch through the compressed model: some modules look into their ``nn.Linear``."""
+    layers = {name: layer for plan in plans for name, layer in plan.places.items()}
+    with torch.no_grad(), placing(model, layers):
+        try:
+            run(model, next(iter(data)))
+        except Exception as error:
+            raise ValueError(
+                f"compress: the compressed model fails on the calibration data with "
+                f"{type(error).__name__}: {error}; leave layers out by filter whose attributes, as "
+                "weight, the model uses itself"
+            ) from error
 
 
 def _measure(model: nn.Module, plans: list[_Plan], data: Calibration, tell: Progress) -> None:
     """Relative output errors of the new layers on the calibration data."""
     by_target = {plan.target: plan for plan in plans if plan.places}
     sums = {target: [0.0, 0.0] for target in by_target}
-    mask: Tensor | None = None
 
     def see(target: Target, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        mask = masks.of(target)
         name = next(name for name, place in target.places.items() if place is module)
         difference = rows(by_target[target].places[name](x) - y, mask)
         bare = rows(without_bias(module, y), mask)
@@ -342,7 +399,7 @@ def _measure(model: nn.Module, plans: list[_Plan], data: Calibration, tell: Prog
     step = _counter("measure", data.batches, tell)
     with torch.no_grad(), observing(modules_of(by_target), see):
         for batch in data:
-            mask = mask_of(batch)
+            masks = Masks(model, batch)
             run(model, batch)
             step()
     for target, (difference, whole) in sums.items():
@@ -366,7 +423,7 @@ def _report(plan: _Plan) -> LayerReport:
         predicted_error=errors[-1] if errors else 0.0,
         measured_error=plan.measured,
         sensitivity=None if plan.loss is None else float(plan.loss[0]),
-        spectrum=[] if plan.factors is None else plan.factors.spectrum.tolist(),
+        spectrum=[] if rank is None or plan.spectrum is None else plan.spectrum.tolist(),
         errors=errors,
         loss=losses,
         seconds=plan.seconds,

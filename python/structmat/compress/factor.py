@@ -20,6 +20,7 @@ from torch import Tensor
 
 # Of the mean eigenvalue, added to the output sensitivity before it is inverted.
 _LEFT_DAMPING = 1e-6
+_NEGLIGIBLE = 1e-7  # of the largest singular value; the root of a moment's rounding is 1e-8
 _RIDGE = 1e-2  # of the mean input energy
 
 
@@ -37,6 +38,29 @@ class Factors(NamedTuple):
 
     def head(self, rank: int) -> "Factors":
         return Factors(self.U[:, :rank], self.V[:rank], self.dual[:, :rank], self.spectrum)
+
+    def kept(self, rank: int, dtype: torch.dtype) -> "Factors":
+        """The first ``rank`` pairs as they will be stored, sharing nothing with these; ``dual``
+        in float32 or wider, as ``V`` may be fitted from it again."""
+        U, V, dual, spectrum = self.head(rank).balanced()
+        exact = torch.promote_types(dtype, torch.float32)
+        return Factors(
+            U.to(dtype, copy=True),
+            V.to(dtype, copy=True),
+            dual.to(exact, copy=True),
+            spectrum.clone(),
+        )
+
+    def balanced(self) -> "Factors":
+        """Columns of ``U`` with mean square near one, by powers of two: ``U V`` is the same.
+
+        With orthonormal columns a single inner value can have the energy of all ``m`` outputs,
+        ``sqrt(m)`` times their root mean square, which float16 may not hold.
+        """
+        size = self.U.double().square().mean(0).sqrt()
+        scale = torch.exp2(-size.clamp_min(1e-300).log2().round())
+        scale = torch.where(size > 0, scale, 1.0).to(self.U)
+        return Factors(self.U * scale, self.V / scale[:, None], self.dual / scale, self.spectrum)
 
 
 def on_input_side(W: Tensor) -> bool:
@@ -94,6 +118,12 @@ def _factors(
     W: Tensor, A: Tensor, root: Tensor | None = None, inverse: Tensor | None = None
 ) -> Factors:
     Q, spectrum, _ = torch.linalg.svd(A, full_matrices=False)
+    rank = int((spectrum > _NEGLIGIBLE * spectrum[0]).sum())
+    if rank < len(spectrum):  # the weighting says nothing about the rest: the weight itself decides
+        rest = W if root is None else root @ W
+        rest = rest - Q[:, :rank] @ (Q[:, :rank].T @ rest)
+        more = torch.linalg.svd(rest, full_matrices=False).U
+        Q = torch.linalg.qr(torch.cat([Q[:, :rank], more[:, : len(spectrum) - rank]], 1)).Q
     dual = Q if root is None else root @ Q
     return Factors(Q if inverse is None else inverse @ Q, dual.T @ W, dual, spectrum)
 
@@ -119,15 +149,15 @@ def errors(W: Tensor, factors: Factors, moment: Tensor, left: Tensor | None = No
 
 
 def regressed(
-    W: Tensor, factors: Factors, moment: Tensor, cross: Tensor, *, keep_U: bool
+    W: Tensor, moment: Tensor, cross: Tensor, rank: int, *, first: Factors | None = None
 ) -> Factors:
     """Factors for other inputs ``x'`` than the weight's own ``x``: least ``E||W x - U V x'||^2``.
 
     ``moment = sum x' x'^T``, ``cross = sum x x'^T``, both ``(n, n)``. The best dense matrix is
     ``W* = W E[x x'^T] E[x' x'^T]^-1``; a ridge of 1 % of the mean input energy pulls it towards
     ``W``, so that directions without data stay as they were. Then ``U`` holds the top eigenvectors
-    of ``W* E[x' x'^T] W*^T`` (reduced-rank regression; Izenman 1975) and ``V = U^T W*``; with
-    ``keep_U`` only ``V = dual^T W*``.
+    of ``W* E[x' x'^T] W*^T`` (reduced-rank regression; Izenman 1975) and ``V = U^T W*``;
+    given ``first`` factors only their ``V = dual^T W*``.
     """
     W = W.double()
     ridge = _RIDGE * moment.diagonal().mean()
@@ -135,10 +165,9 @@ def regressed(
         pull = W @ (cross - moment)
         damped = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
         W = W + torch.linalg.solve(damped, pull.T).T
-    if keep_U:
-        return factors._replace(V=factors.dual.T @ W)
+    if first is not None:
+        return first._replace(U=first.U.double(), V=first.dual.double().T @ W)
     values, Q = torch.linalg.eigh(moment)
-    rank = factors.U.shape[1]
     return _factors(W, W @ (Q * values.clamp_min(0).sqrt())).head(rank)
 
 

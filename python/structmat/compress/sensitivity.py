@@ -12,7 +12,7 @@ matrices of ``x`` and ``g`` over the sequence.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from .calibrate import (
     Batch,
     Calibration,
+    Masks,
     Objective,
     check_reached,
     main_output,
-    mask_of,
     modules_of,
     observing,
     run,
@@ -98,30 +98,29 @@ def sensitivities(
     count = 0
 
     def add(target: Target, module: nn.Module, x: Tensor, y: Tensor, g: Tensor) -> None:
-        z = x
-        if not on_input_side(target.weight):
-            z = without_bias(module, y)
-        m, s = g.shape[-1], z.shape[-1]
+        inside = on_input_side(target.weight)
+        m, s = g.shape[-1], (x if inside else y).shape[-1]
         if target not in sums:
             zeros = torch.zeros(0, dtype=torch.float64, device=g.device).new_zeros
             sums[target] = zeros(m, m), zeros(s, s)
         left, right = sums[target]
-        chunk = max(1, _GRAM_NUMBERS // x.shape[1] ** 2)
-        for xb, zb, gb in zip(x.split(chunk), z.split(chunk), g.split(chunk), strict=True):
+        for xb, yb, gb in _chunks(x, y, g):
+            zb = xb if inside else without_bias(module, yb)
             left += torch.einsum("btm,btk->mk", gb, (xb @ xb.mT) @ gb)
             right += torch.einsum("bts,btk->sk", zb, (gb @ gb.mT) @ zb)
 
-    for mask, value, seen in _gradients(model, targets, data.sample(repeat=True), objective, seed):
+    for masks, value, seen in _gradients(model, targets, data.sample(repeat=True), objective, seed):
         count += value.shape[0] if value.ndim else 1
         for target, module, x, y, g in seen:
-            x, y, g = (wide(sequences(a, mask)) for a in (x, y, g))
-            add(target, module, x, y, g)
+            add(target, module, *(sequences(a, masks.of(target)) for a in (x, y, g)))
         step()
     check_reached(targets, sums)
     result = {}
     for target, (left, right) in sums.items():
         if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
-            raise ValueError(f"compress: the gradients at {target.name} have NaN or Inf")
+            raise ValueError(
+                f"compress: the gradients at {target.name} have NaN or Inf, or overflow"
+            )
         trace = left.trace()
         result[target] = Sensitivity(
             left / trace if trace > 0 else left, right / count, max(1, count // data.repeats)
@@ -145,17 +144,26 @@ def fisher_weights(
         ValueError: there is no loss; NaN or Inf.
     """
     sums: dict[Target, Tensor] = {}
-    for mask, _, seen in _gradients(model, targets, data.sample(), objective or _loss, seed):
+    for masks, _, seen in _gradients(model, targets, data.sample(), objective or _loss, seed):
         for target, _, x, _, g in seen:
-            x, g = (wide(sequences(a, mask)) for a in (x, g))
-            diagonal = (x * ((g @ g.mT) @ x)).sum((0, 1), dtype=torch.float64)
-            sums[target] = sums[target] + diagonal if target in sums else diagonal
+            total = sums.setdefault(target, x.new_zeros(x.shape[-1], dtype=torch.float64))
+            for xb, gb in _chunks(*(sequences(a, masks.of(target)) for a in (x, g))):
+                total += (xb * ((gb @ gb.mT) @ xb)).sum((0, 1), dtype=torch.float64)
         step()
     check_reached(targets, sums)
     for target, total in sums.items():
         if not torch.isfinite(total).all():
-            raise ValueError(f"compress: the gradients at {target.name} have NaN or Inf")
+            raise ValueError(
+                f"compress: the gradients at {target.name} have NaN or Inf, or overflow"
+            )
     return sums
+
+
+def _chunks(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few sequences at a time, in the type of products."""
+    chunk = max(1, _GRAM_NUMBERS // max(1, parts[0].shape[1]) ** 2)
+    for some in zip(*(part.split(chunk) for part in parts), strict=True):
+        yield tuple(wide(part) for part in some)
 
 
 def _gradients(
@@ -164,18 +172,27 @@ def _gradients(
     batches: Iterable[Batch],
     objective: Objective | None,
     seed: int,
-) -> Iterator[tuple[Tensor | None, Tensor, list[_Call]]]:
-    """For each batch its mask, the value of the objective, and each call of a target."""
+) -> Iterator[tuple[Masks, Tensor, list[_Call]]]:
+    """For each batch its masks, the value of the objective, and each call of a target."""
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
-        mask = mask_of(batch)
+        masks = Masks(model, batch)
+        mask = masks.output
         calls: list[_Call] = []
+        last: list[Any] = []  # the tensor last seen, its version and its copy
 
         def see(
-            target: Target, module: nn.Module, x: Tensor, y: Tensor, calls: list[_Call] = calls
+            target: Target,
+            module: nn.Module,
+            x: Tensor,
+            y: Tensor,
+            calls: list[_Call] = calls,
+            last: list[Any] = last,
         ) -> Tensor:
             y = y if y.requires_grad else y.requires_grad_()
-            calls.append(_Call(target, module, x.detach(), y, y))
+            if not (last and last[0] is x and last[1] == x._version):
+                last[:] = x, x._version, x.detach().clone()  # what follows may write to it
+            calls.append(_Call(target, module, last[2], y, y))
             return y.clone()  # what follows may write to it
 
         with torch.enable_grad(), observing(modules_of(targets), see):
@@ -191,14 +208,17 @@ def _gradients(
         else:
             probe = torch.randn(value.shape, generator=generator).to(value)
             if mask is not None and value.shape[:2] == mask.shape:
-                probe = probe * mask.reshape(*mask.shape, *[1] * (value.ndim - 2)).to(probe)
+                probe = probe * mask.to(probe.device).reshape(
+                    *mask.shape, *[1] * (value.ndim - 2)
+                ).to(probe)
         outputs = [call.y for call in calls]
         gradients = torch.autograd.grad(value, outputs, probe, allow_unused=True)
         seen = [
             call._replace(y=call.y.detach(), g=torch.zeros_like(call.y) if g is None else g)
             for call, g in zip(calls, gradients, strict=True)
         ]
-        yield mask, value.detach(), seen
+        last.clear()
+        yield masks, value.detach(), seen
 
 
 def _loss(output: object, batch: Batch) -> Tensor:
