@@ -108,7 +108,7 @@ def compress(
         progress: ``progress(stage, done, total)``, called often.
 
     Returns:
-        :class:`structmat.compress.CompressionReport`: ranks, predicted and measured errors,
+        :class:`structmat.CompressionReport`: ranks, predicted and measured errors,
         spectra, time, memory. Print it, or take ``to_dict()``.
 
     Raises:
@@ -200,7 +200,7 @@ def _check_options(
         )
     if next(model.parameters(), None) is None:
         raise ValueError("compress: the model has no parameters")
-    if not isinstance(keep, Real) or not 0 < keep < 1:
+    if not isinstance(keep, Real) or not 0 < float(keep) < 1:
         raise ValueError(f"compress: keep must lie between 0 and 1, got {keep!r}")
     if method not in METHODS:
         raise ValueError(f"compress: method must be one of {', '.join(METHODS)}, got {method!r}")
