@@ -3,10 +3,10 @@
 # and make are needed, nvcc is used where it is. `make help` lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
-# The CPU build: the plain name would be a CUDA build of several GB from some indexes. Where yours has
-# no such build, say TORCH_INDEX; on a machine with a GPU, TORCH=torch==2.13.0.
-TORCH ?= torch==2.13.0+cpu
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# The CPU build where the index has one under this name; elsewhere name an index that has:
+# TORCH_INDEX=URL. On a machine with a GPU the same name brings a CUDA build.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN := $(VENV)/bin
@@ -60,7 +60,7 @@ $(VENV)/bin/python:
 
 $(VENV)/packages: constraints.txt | $(VENV)/bin/python
 	@echo "Installing packages into $(VENV)"
-	$(PIP) "$(TORCH)" || $(PIP) --index-url "$(TORCH_INDEX)" "$(TORCH)"
+	$(PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
 	$(PIP) scikit-build-core pybind11 scipy-openblas32 cmake ninja
 	@touch $@
 
