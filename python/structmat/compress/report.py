@@ -29,6 +29,13 @@ class LayerReport:
         errors: predicted relative output error at rank ``0, 1, ..., rank``.
         loss: predicted loss at rank ``0, 1, ..., rank`` of a ``global`` allocation, else empty.
         seconds: spent on its factors.
+
+    Example:
+        >>> import torch, structmat as sm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> layer = sm.compress(model, keep=0.5, method="svd").layers[0]
+        >>> layer.name, layer.kind, layer.rank, layer.params_after
+        ('0', 'low_rank', 10, 960)
     """
 
     name: str
@@ -61,6 +68,13 @@ class CompressionReport:
         seconds: wall time.
         peak_memory: bytes beyond what was held at the start: of the CUDA allocator for a model
             there, else of the process; ``None`` where the system does not tell.
+
+    Example:
+        >>> import torch, structmat as sm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> report = sm.compress(model, keep=0.5, method="svd")
+        >>> report.method, round(report.kept, 3), len(report.to_dict()["layers"])
+        ('svd', 0.469, 1)
     """
 
     method: str
