@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// C (m, n) = A B^T + bias for few rows of A: the time is that of reading B (n, k) once, as it lies
-// in memory. Each element is one chain of vector sums along k, added up at the end in one order: no
-// tiling or thread changes a bit. For files under structmat_simd_sources (everything is in an
-// anonymous namespace).
+// For few rows of A: C (m, n) = A B^T + bias (few_rows) and C = A B (few_rows_by_rows). The time is
+// that of reading B once, as it lies in memory. Each element is summed in one order: no tiling or
+// thread changes a bit. For files under structmat_simd_sources (everything is in an anonymous
+// namespace).
 #pragma once
 #include <algorithm>
 
 #include "parallel.h"
+#include "scratch.h"
 #include "vec.h"
 
 namespace structmat {
@@ -110,21 +111,93 @@ void few_rows_range(std::int64_t m, std::int64_t k, const S* a, std::int64_t a_s
   }
 }
 
+// A core reads 100 bytes from its cache or does 150 operations in a nanosecond; another thread pays
+// from 2.5 us of work on.
+inline std::int64_t few_rows_tasks(const Context& context, std::int64_t m, std::int64_t numbers,
+                                   std::int64_t bytes) {
+  const std::int64_t nanoseconds = bytes / 100 + 2 * numbers * m / 150;
+  return std::clamp<std::int64_t>(nanoseconds / 2500, 1, thread_count(context));
+}
+
 template <class S, class T, class TC>
 void few_rows(const Context& context, std::int64_t m, std::int64_t n, std::int64_t k, const S* a,
               std::int64_t a_stride, const T* b, std::int64_t b_stride, const TC* bias, TC* c,
               std::int64_t c_stride) {
   if (m == 0 || n == 0) return;
-  // A core reads 100 bytes from its cache or does 150 operations in a nanosecond; another thread
-  // pays from 2.5 us of work on.
-  const std::int64_t numbers = n * k;
-  const std::int64_t nanoseconds =
-      numbers * static_cast<std::int64_t>(sizeof(T)) / 100 + 2 * numbers * m / 150;
-  const std::int64_t tasks = std::clamp<std::int64_t>(nanoseconds / 2500, 1, thread_count(context));
+  const std::int64_t tasks =
+      few_rows_tasks(context, m, n * k, n * k * static_cast<std::int64_t>(sizeof(T)));
   const std::int64_t step = ceil_div(ceil_div(n, kDotRows), tasks) * kDotRows;
   parallel_for(context, ceil_div(n, step), [&](std::int64_t task) {
     few_rows_range(m, k, a, a_stride, b, b_stride, bias, c, c_stride, task * step,
                    std::min(n, (task + 1) * step));
+  });
+}
+
+// c_t += sum over kDepth rows of B: a[t, d] b[d, :], on `cols` columns; c has room for whole
+// vectors
+template <class S, class T, int kTokens, int kDepth>
+inline void add_rows(const S* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, S* c,
+                     std::int64_t c_stride, std::int64_t cols) {
+  constexpr int w = kLanes<S>;
+  Vec<S> value[kTokens][kDepth];
+  for (int t = 0; t < kTokens; ++t)
+    for (int d = 0; d < kDepth; ++d) value[t][d] = broadcast(a[t * a_stride + d]);
+  std::int64_t j = 0;
+  for (; j + w <= cols; j += w) {
+    Vec<S> sum[kTokens];
+    for (int t = 0; t < kTokens; ++t) sum[t] = load(c + t * c_stride + j);
+#pragma GCC unroll 8
+    for (int d = 0; d < kDepth; ++d) {
+      Vec<S> weight = load_wide<S>(b + d * b_stride + j);
+      pin(weight);
+      for (int t = 0; t < kTokens; ++t) sum[t] = fma(value[t][d], weight, sum[t]);
+    }
+    for (int t = 0; t < kTokens; ++t) store(c + t * c_stride + j, sum[t]);
+  }
+  for (int t = 0; j < cols && t < kTokens; ++t) {
+    Vec<S> sum = load(c + t * c_stride + j);
+    for (int d = 0; d < kDepth; ++d)
+      sum = fma(value[t][d], load_wide_part<S>(b + d * b_stride + j, static_cast<int>(cols - j)),
+                sum);
+    store(c + t * c_stride + j, sum);
+  }
+}
+
+// C (m, n) = A B with B (k, n): whole rows of B are read, several at a time.
+template <class S, class T, class TC>
+void few_rows_by_rows(const Context& context, std::int64_t m, std::int64_t n, std::int64_t k,
+                      const S* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, TC* c,
+                      std::int64_t c_stride) {
+  if (m == 0 || n == 0) return;
+  // Some rows of B and m of C at a time stay in the level-1 cache.
+  const std::int64_t columns = m <= 4 ? 1024 : 256;
+  const std::int64_t tasks =
+      few_rows_tasks(context, m, n * k, n * k * static_cast<std::int64_t>(sizeof(T)));
+  const std::int64_t step = ceil_div(ceil_div(n, 32), tasks) * 32;
+  parallel_for(context, ceil_div(n, step), [&](std::int64_t task) {
+    static thread_local Scratch memory;
+    S* const sums = memory.get<S>(m * columns);
+    const std::int64_t end = std::min(n, (task + 1) * step);
+    for (std::int64_t j = task * step; j < end; j += columns) {
+      const std::int64_t cols = std::min(columns, end - j);
+      std::fill_n(sums, m * columns, S{0});
+      const auto add = [&](auto depth, std::int64_t p) {
+        constexpr int d = decltype(depth)::value;
+        const T* rows = b + p * b_stride + j;
+        std::int64_t t = 0;
+        for (; t + 4 <= m; t += 4)
+          add_rows<S, T, 4, d>(a + t * a_stride + p, a_stride, rows, b_stride, sums + t * columns,
+                               columns, cols);
+        for (; t < m; ++t)
+          add_rows<S, T, 1, d>(a + t * a_stride + p, a_stride, rows, b_stride, sums + t * columns,
+                               columns, cols);
+      };
+      std::int64_t p = 0;
+      for (; m < 4 && p + 8 <= k; p += 8) add(std::integral_constant<int, 8>(), p);
+      for (; p + 4 <= k; p += 4) add(std::integral_constant<int, 4>(), p);
+      for (; p < k; ++p) add(std::integral_constant<int, 1>(), p);
+      for (std::int64_t t = 0; t < m; ++t) convert(sums + t * columns, c + t * c_stride + j, cols);
+    }
   });
 }
 

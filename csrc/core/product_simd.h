@@ -7,12 +7,10 @@
 // anonymous namespace).
 #pragma once
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <utility>
 
 #include "parallel.h"
+#include "scratch.h"
 #include "vec.h"
 
 namespace structmat {
@@ -54,29 +52,6 @@ template <class S>
 constexpr std::int64_t kColumnTile =
     (std::int64_t{1} << 20) / (kSlab * static_cast<std::int64_t>(sizeof(S)));
 constexpr std::int64_t kRowTile = 1024;
-
-// Memory of a thread that grows and stays: a call allocates nothing once it has the size.
-class Scratch {
- public:
-  template <class S>
-  S* get(std::int64_t count) {
-    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(S) + 63) / 64 * 64 + 64;
-    if (bytes > bytes_) {
-      memory_.reset();
-      memory_.reset(std::aligned_alloc(64, bytes));
-      if (!memory_) throw std::bad_alloc();
-      bytes_ = bytes;
-    }
-    return static_cast<S*>(memory_.get());
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> memory_;
-  std::size_t bytes_ = 0;
-};
 
 // c (kRows, kVecs vectors) = init + a b, b packed; init_stride 0 repeats one row (the bias), no
 // init is zero. a (i, p) is a[i * a_stride + p], or a[p * a_stride + i].
@@ -140,23 +115,24 @@ template <class S, class T>
 void pack(const Operand<T>& b, std::int64_t k0, std::int64_t depth, std::int64_t j0,
           std::int64_t cols, S* to) {
   constexpr int width = kPanel<S>, w = kLanes<S>;
+  if (!b.transposed) {  // row by row, as memory is read fastest
+    for (std::int64_t p = 0; p < depth; ++p) {
+      const T* from = b.data + (k0 + p) * b.stride + j0;
+      S* line = to + p * width;
+      std::int64_t j = 0;
+      for (; j + width <= cols; j += width, line += depth * width)
+#pragma GCC unroll 2
+        for (int half = 0; half < width; half += w)
+          store(line + half, load_wide<S>(from + j + half));
+      if (j < cols) {
+        convert(from + j, line, cols - j);
+        std::fill(line + (cols - j), line + width, S{0});
+      }
+    }
+    return;
+  }
   for (std::int64_t j = 0; j < cols; j += width, to += depth * width) {
     const std::int64_t left = std::min<std::int64_t>(width, cols - j);
-    if (!b.transposed) {
-      const T* from = b.data + k0 * b.stride + j0 + j;
-      if (left == width) {
-        for (std::int64_t p = 0; p < depth; ++p)
-#pragma GCC unroll 2
-          for (int half = 0; half < width; half += w)
-            store(to + p * width + half, load_wide<S>(from + p * b.stride + half));
-        continue;
-      }
-      for (std::int64_t p = 0; p < depth; ++p) {
-        convert(from + p * b.stride, to + p * width, left);
-        std::fill(to + p * width + left, to + (p + 1) * width, S{0});
-      }
-      continue;
-    }
     for (int half = 0; half < width; half += w) {  // squares of w rows of k-contiguous numbers
       const std::int64_t rows = std::clamp<std::int64_t>(left - half, 0, w);
       const T* from = b.data + (j0 + j + half) * b.stride + k0;
@@ -178,53 +154,81 @@ void pack(const Operand<T>& b, std::int64_t k0, std::int64_t depth, std::int64_t
   }
 }
 
-// Rows [i0, i0 + rows) of A over [k0, k0 + depth), as the micro-kernel takes them. 16-bit rows are
-// widened into `buffer`; a transposed A is gathered there: rows of 2^k bytes would all lie in one
-// set of the caches.
-template <class S, class T>
-Operand<S> strip(const Operand<T>& a, std::int64_t i0, int rows, std::int64_t k0,
-                 std::int64_t depth, S* buffer) {
-  if (a.transposed) {
-    const T* from = a.data + k0 * a.stride + i0;
-    const auto gather = [&](auto count) {
-      for (std::int64_t p = 0; p < depth; ++p)
-        for (int i = 0; i < count; ++i)
-          buffer[p * kMicroRows + i] = widened<S>(from[p * a.stride + i]);
-    };
-    // Blocks of rows have one of these two sizes, nearly always; a known size makes vectors.
-    if (rows == kMicroRows)
-      gather(std::integral_constant<int, kMicroRows>());
-    else if (rows == kMicroRows - 1)
-      gather(std::integral_constant<int, kMicroRows - 1>());
-    else
-      gather(rows);
-    return {buffer, kMicroRows, true};
-  }
-  const T* from = a.data + i0 * a.stride + k0;
-  if constexpr (std::is_same_v<S, T>) {
-    return {from, a.stride, false};
-  } else {
-    constexpr std::int64_t stride = kSlab + kLanes<S>;
-    for (int i = 0; i < rows; ++i) convert(from + i * a.stride, buffer + i * stride, depth);
-    return {buffer, stride, false};
-  }
-}
+// Rows [i0, i1) of C are computed in blocks of nearly equal size, so that none is thin.
+struct RowBlocks {
+  std::int64_t i0, rows, count;
+  RowBlocks(std::int64_t i0, std::int64_t i1)
+      : i0(i0), rows(i1 - i0), count(ceil_div(i1 - i0, kMicroRows)) {}
+  std::int64_t first(std::int64_t block) const { return rows * block / count; }  // from i0
+};
 
-// c[j * c_stride + i] = tile[i * kPanel + j] for `cols` columns.
+// The rows of A over [k0, k0 + depth), as the micro-kernel takes them. fp32 and fp64 rows are read
+// in place; 16-bit ones are widened; a transposed A is gathered block by block: read in place, rows
+// 2^k bytes apart would share one set of the caches.
+template <class S, class T>
+class RowsOfA {
+ public:
+  RowsOfA(const Operand<T>& a, const RowBlocks& blocks, std::int64_t k0, std::int64_t depth,
+          Scratch& memory)
+      : transposed_(a.transposed) {
+    if (a.transposed) {
+      constexpr int w = kLanes<S>, vecs = (kMicroRows + w - 1) / w;
+      constexpr std::int64_t pad =
+          16;  // vectors end beyond the block; the next ones overwrite that
+      block_step_ = depth * kMicroRows + pad;
+      stride_ = kMicroRows;
+      S* const to = memory.get<S>(blocks.count * block_step_ + blocks.rows + pad);
+      S* const row = to + blocks.count * block_step_;
+      for (std::int64_t p = 0; p < depth; ++p) {
+        convert(a.data + (k0 + p) * a.stride + blocks.i0, row, blocks.rows);
+        for (std::int64_t block = 0; block < blocks.count; ++block)
+          for (int v = 0; v < vecs; ++v)
+            store(to + block * block_step_ + p * kMicroRows + v * w,
+                  load(row + blocks.first(block) + v * w));
+      }
+      data_ = to;
+    } else if constexpr (std::is_same_v<S, T>) {
+      data_ = a.data + blocks.i0 * a.stride + k0;
+      stride_ = a.stride;
+    } else {
+      stride_ = depth + kLanes<S>;
+      S* const to = memory.get<S>(blocks.rows * stride_);
+      for (std::int64_t i = 0; i < blocks.rows; ++i)
+        convert(a.data + (blocks.i0 + i) * a.stride + k0, to + i * stride_, depth);
+      data_ = to;
+    }
+  }
+  const S* block(const RowBlocks& blocks, std::int64_t index) const {
+    return data_ + (transposed_ ? index * block_step_ : blocks.first(index) * stride_);
+  }
+  std::int64_t stride() const { return stride_; }
+
+ private:
+  bool transposed_;
+  std::int64_t stride_ = 0, block_step_ = 0;
+  const S* data_ = nullptr;
+};
+
+// c[j * c_stride + i] = sums[i * stride + j]; `sums` has room for whole squares of vectors.
 template <class S, class TC>
-void store_transposed(const S* tile, int rows, std::int64_t cols, TC* c, std::int64_t c_stride) {
+void store_transposed(const S* sums, std::int64_t stride, std::int64_t rows, std::int64_t cols,
+                      TC* c, std::int64_t c_stride) {
   constexpr int w = kLanes<S>;
   for (std::int64_t j = 0; j < cols; j += w)
-    for (int i = 0; i < rows; i += w) {
+    for (std::int64_t i = 0; i < rows; i += w) {
       Vec<S> square[w];
-      for (int s = 0; s < w; ++s)
-        square[s] = i + s < rows ? load(tile + (i + s) * kPanel<S> + j) : Vec<S>{};
+      for (int s = 0; s < w; ++s) square[s] = load(sums + (i + s) * stride + j);
       transpose<S>(square);
-      const int live = std::min(w, rows - i);
-      for (std::int64_t q = j; q < std::min(j + w, cols); ++q) {
+      const int height = static_cast<int>(std::min<std::int64_t>(w, rows - i));
+      const int width = static_cast<int>(std::min<std::int64_t>(w, cols - j));
+      for (int q = 0; q < width; ++q) {
+        TC* const to = c + (j + q) * c_stride + i;
         S line[w];
-        store(line, square[q - j]);
-        convert(line, c + q * c_stride + i, live);
+        store(line, square[q]);
+        if (height == w)
+          convert(line, to, w);
+        else
+          convert(line, to, height);
       }
     }
 }
@@ -235,59 +239,64 @@ void multiply_range(const Product<TA, TB, TC>& g, std::int64_t i0, std::int64_t 
                     std::int64_t j1) {
   using S = accumulator_t<TC>;
   constexpr int width = kPanel<S>;
-  static thread_local Scratch packed_memory, strip_memory, sum_memory;
+  static thread_local Scratch packed_memory, rows_memory, sum_memory;
   const bool direct = std::is_same_v<S, TC> && !g.c_transposed;
+  const RowBlocks blocks(i0, i1);
   const std::int64_t tile = std::min(kColumnTile<S>, ceil_div(j1 - j0, width) * width);
   S* const packed = packed_memory.get<S>(std::min(kSlab, g.k) * tile);
-  S* const strips = strip_memory.get<S>(kMicroRows * (kSlab + kLanes<S>));
-  // Sums between slabs: in C itself, or here.
-  S* const sums = direct || g.k <= kSlab ? nullptr : sum_memory.get<S>((i1 - i0) * tile);
+  // Sums between slabs, or to be transposed: in C itself, or here.
+  const bool one_slab = g.k <= kSlab;
+  const std::int64_t sum_stride = one_slab ? tile : ceil_div(j1 - j0, width) * width;
+  S* const sums = direct || (one_slab && !g.c_transposed)
+                      ? nullptr
+                      : sum_memory.get<S>((i1 - i0 + kLanes<S>)*sum_stride);
   alignas(64) S edge[kMicroRows * width] = {};
   alignas(64) S bias[kColumnTile<S>];
 
-  for (std::int64_t j = j0; j < j1; j += tile) {
-    const std::int64_t cols = std::min(tile, j1 - j);
-    if (g.bias != nullptr) convert(g.bias + j, bias, cols);
-    for (std::int64_t k0 = 0; k0 < g.k || k0 == 0; k0 += kSlab) {
-      const std::int64_t depth = std::min(kSlab, g.k - k0);
-      const bool first = k0 == 0, last = k0 + kSlab >= g.k;
+  for (std::int64_t k0 = 0; k0 < g.k || k0 == 0; k0 += kSlab) {
+    const std::int64_t depth = std::min(kSlab, g.k - k0);
+    const bool first = k0 == 0, last = k0 + kSlab >= g.k;
+    const RowsOfA<S, TA> a(g.a, blocks, k0, depth, rows_memory);
+    for (std::int64_t j = j0; j < j1; j += tile) {
+      const std::int64_t cols = std::min(tile, j1 - j);
+      if (first && g.bias != nullptr) convert(g.bias + j, bias, cols);
       pack(g.b, k0, depth, j, cols, packed);
-      // Blocks of nearly equal numbers of rows: no thin one at the end.
-      const std::int64_t blocks = ceil_div(i1 - i0, kMicroRows);
-      for (std::int64_t block = 0; block < blocks; ++block) {
-        const std::int64_t i = i0 + (i1 - i0) * block / blocks;
-        const int rows = static_cast<int>(i0 + (i1 - i0) * (block + 1) / blocks - i);
-        const Operand<S> a = strip<S>(g.a, i, rows, k0, depth, strips);
+      S* const tile_sums = sums == nullptr || one_slab ? sums : sums + (j - j0);
+      for (std::int64_t block = 0; block < blocks.count; ++block) {
+        const std::int64_t i = blocks.first(block);
+        const int rows = static_cast<int>(blocks.first(block + 1) - i);
+        const S* a_rows = a.block(blocks, block);
+        TC* const c = g.c + (i0 + i) * g.c_stride + j;  // unless transposed
         for (std::int64_t q = 0; q < cols; q += width) {
           const std::int64_t live = std::min<std::int64_t>(width, cols - q);
           const int vecs = live > kLanes<S> ? 2 : 1;
-          const MicroKernel<S> kernel = micro_kernel_for<S>(rows, vecs, a.transposed);
+          const MicroKernel<S> kernel = micro_kernel_for<S>(rows, vecs, g.a.transposed);
           const S* b = packed + q * depth;
-          S* between = direct ? reinterpret_cast<S*>(g.c + i * g.c_stride + j + q)
-                              : sums + (i - i0) * tile + q;
-          const std::int64_t between_stride = direct ? g.c_stride : tile;
+          S* between = direct ? reinterpret_cast<S*>(c + q) : tile_sums + i * sum_stride + q;
+          const std::int64_t between_stride = direct ? g.c_stride : sum_stride;
           const S* init = !first ? between : g.bias != nullptr ? bias + q : nullptr;
           const std::int64_t init_stride = first ? 0 : between_stride;
-          if (direct ? live == vecs * kLanes<S> : !last) {  // `sums` has room for whole panels
-            kernel(depth, a.data, a.stride, b, init, init_stride, between, between_stride);
+          // `sums` has room for whole panels.
+          if (direct ? live == vecs * kLanes<S> : !last || g.c_transposed) {
+            kernel(depth, a_rows, a.stride(), b, init, init_stride, between, between_stride);
             continue;
           }
           if (init != nullptr && direct) {
             for (int s = 0; s < rows; ++s) convert(init + s * init_stride, edge + s * width, live);
-            kernel(depth, a.data, a.stride, b, edge, width, edge, width);
+            kernel(depth, a_rows, a.stride(), b, edge, width, edge, width);
           } else {
-            kernel(depth, a.data, a.stride, b, init, init_stride, edge, width);
+            kernel(depth, a_rows, a.stride(), b, init, init_stride, edge, width);
           }
           if (direct && !last)
             for (int s = 0; s < rows; ++s)
               convert(edge + s * width, between + s * between_stride, live);
-          else if (g.c_transposed)
-            store_transposed(edge, rows, live, g.c + (j + q) * g.c_stride + i, g.c_stride);
           else
-            for (int s = 0; s < rows; ++s)
-              convert(edge + s * width, g.c + (i + s) * g.c_stride + j + q, live);
+            for (int s = 0; s < rows; ++s) convert(edge + s * width, c + s * g.c_stride + q, live);
         }
       }
+      if (last && g.c_transposed)
+        store_transposed(tile_sums, sum_stride, i1 - i0, cols, g.c + j * g.c_stride + i0,
+                         g.c_stride);
     }
   }
 }

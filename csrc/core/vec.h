@@ -57,6 +57,16 @@ inline Vec<S> broadcast(S s) {
   return s - Vec<S>{};  // s + 0 would turn -0 into 0, hence be an addition
 }
 
+// Keeps a value in its register: gcc would rather load it again for each of its uses.
+template <class V>
+inline void pin(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#else
+  static_cast<void>(v);
+#endif
+}
+
 // a b + c, rounded once where the machine can (AVX2 and up).
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
@@ -75,11 +85,6 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #else
   return a * b + c;
 #endif
-}
-
-template <class S, class T>
-inline S widened(T value) {
-  return to_float(value);
 }
 
 // to[i] = from[i], widened or rounded.

@@ -29,22 +29,31 @@ struct LowRank {
     return std::max<std::int64_t>(2048, kHiddenNumbers / std::max<std::int64_t>(r, 1));
   }
 
+  // Few rows in the type of the sums: in place, or a widened copy.
+  struct Wide {
+    const S* data;
+    std::int64_t stride;
+    Wide(const ConstMatrixView& a, Scratch& memory) {
+      if constexpr (wide) {
+        data = row(a, 0);
+        stride = a.row_stride;
+      } else {
+        S* copy = memory.get<S>(a.rows * a.cols);
+        for (std::int64_t t = 0; t < a.rows; ++t) convert(row(a, t), copy + t * a.cols, a.cols);
+        data = copy;
+        stride = a.cols;
+      }
+    }
+  };
+
   static void few_tokens(const Context& context, ConstMatrixView x, ConstMatrixView u,
                          ConstMatrixView v, const T* bias, MatrixView y, MatrixView hidden) {
     static thread_local Scratch x_memory, h_memory;
     const std::int64_t tokens = x.rows, n = x.cols, m = u.rows, r = u.cols;
-    const S* a;
-    std::int64_t a_stride = x.row_stride;
-    if constexpr (wide) {
-      a = row(x, 0);
-    } else {
-      S* copy = x_memory.get<S>(tokens * n);
-      for (std::int64_t t = 0; t < tokens; ++t) convert(row(x, t), copy + t * n, n);
-      a = copy;
-      a_stride = n;
-    }
+    const Wide a(x, x_memory);
     S* h = h_memory.get<S>(tokens * r);
-    few_rows<S, T, S>(context, tokens, r, n, a, a_stride, row(v, 0), v.row_stride, nullptr, h, r);
+    few_rows<S, T, S>(context, tokens, r, n, a.data, a.stride, row(v, 0), v.row_stride, nullptr, h,
+                      r);
     few_rows<S, T, T>(context, tokens, m, r, h, r, row(u, 0), u.row_stride, bias, row(y, 0),
                       y.row_stride);
     if (hidden.data != nullptr)
@@ -90,7 +99,16 @@ struct LowRank {
     const std::int64_t dh_stride = r + kLanes<S>;
     if (want_x || want_v) {
       S* dh = dh_memory.get<S>(std::min(block, tokens) * dh_stride);
-      for (std::int64_t t = 0; t < tokens; t += block) {
+      if (tokens <= kFewTokens) {
+        static thread_local Scratch dy_memory;
+        const Wide a(dy, dy_memory);
+        few_rows_by_rows<S, T, S>(context, tokens, r, m, a.data, a.stride, row(u, 0), u.row_stride,
+                                  dh, dh_stride);
+        if (want_x)
+          few_rows_by_rows<S, T, T>(context, tokens, n, r, dh, dh_stride, row(v, 0), v.row_stride,
+                                    row(grads.x, 0), grads.x.row_stride);
+      }
+      for (std::int64_t t = tokens <= kFewTokens ? tokens : 0; t < tokens; t += block) {
         const std::int64_t rows = std::min(block, tokens - t);
         multiply(context,
                  Product<T, T, S>{
@@ -114,8 +132,9 @@ struct LowRank {
                                            grads.v.row_stride});
     }
     if (grads.u.data != nullptr) {
-      // Many tokens: dU^T = h^T dy, whose large operand is the one that is read in whole panels.
-      if (tokens > kFewTokens)
+      // A thin h^T times dy, the result transposed, packs dy once; for a wide h the result is the
+      // larger part of the work, and is better stored as it comes.
+      if (tokens > kFewTokens && r < 128)
         multiply(context, Product<T, T, T>{r, m, tokens, operand(hidden, true), operand(dy),
                                            row(grads.u, 0), grads.u.row_stride, nullptr, true});
       else

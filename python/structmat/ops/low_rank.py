@@ -57,9 +57,7 @@ def low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None)
             or V.requires_grad
             or (bias is not None and bias.requires_grad)
         ):
-            # An operator of its own: the autograd kernel costs 3 us a call even where it has
-            # nothing to record, as much as the product of a single row.
-            y, _ = _linear_train(x, U, V, bias, U.requires_grad)
+            y, _ = _LowRankLinear.apply(x, U, V, bias, U.requires_grad)
             return y
         return _linear(x, U, V, bias)
     except (RuntimeError, AttributeError):
@@ -141,28 +139,36 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, U, V, _, keep_hidden = inputs
-    needs_V = ctx.needs_input_grad[2]
-    ctx.save_for_backward(x if needs_V else None, U, V, output[1] if keep_hidden else None)
-    ctx.set_materialize_grads(False)
+class _LowRankLinear(torch.autograd.Function):
+    # torch.library.register_autograd costs 10 us more a step, and 3 us where there is nothing to
+    # record, as much as the product of a single row; a setup_context of its own 15 us.
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, keep_hidden: bool
+    ) -> tuple[Tensor, Tensor]:
+        y, hidden = _linear_train(x, U, V, bias, keep_hidden)
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[2] else None, U, V, hidden if keep_hidden else None
+        )
+        ctx.set_materialize_grads(False)
+        return y, hidden
 
-
-def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, U, V, hidden = ctx.saved_tensors
-    need_x, need_U, need_V, need_bias, _ = ctx.needs_input_grad
-    if torch.is_grad_enabled() or dh is not None or dy is None:
-        return *_differentiable_backward(dy, dh, x, U, V, hidden, ctx.needs_input_grad), None
-    dx, dU, dV, db = _linear_backward(
-        dy, x if need_V else None, U, V, hidden if need_U else None, need_x, need_bias
-    )
-    return (
-        dx if need_x else None,
-        dU if need_U else None,
-        dV if need_V else None,
-        db if need_bias else None,
-        None,
-    )
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, U, V, hidden = ctx.saved_tensors
+        need_x, need_U, need_V, need_bias, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled() or dh is not None or dy is None:
+            return *_differentiable_backward(dy, dh, x, U, V, hidden, ctx.needs_input_grad), None
+        dx, dU, dV, db = _linear_backward(
+            dy, x if need_V else None, U, V, hidden if need_U else None, need_x, need_bias
+        )
+        return (
+            dx if need_x else None,
+            dU if need_U else None,
+            dV if need_V else None,
+            db if need_bias else None,
+            None,
+        )
 
 
 def _differentiable_backward(
@@ -195,8 +201,3 @@ def _differentiable_backward(
         return None, None, None, None
     dV = rows(dh).T @ rows(x) if need_V and x is not None else None
     return dh @ V if need_x else None, dU, dV, dbias
-
-
-torch.library.register_autograd(
-    "structmat::low_rank_linear_train", _backward, setup_context=_setup_context
-)
