@@ -22,7 +22,7 @@ from structmat.demo import measure, report, run  # noqa: E402
 
 PLAN = run.Plan(
     keeps=(0.7, 0.4),
-    methods=("svd", "fisher", "whitened", "best"),
+    methods=("svd", "fisher", "whitened", "global"),
     pairs=100,
     evaluation_pairs=16,
     calibration_pairs=64,
@@ -71,7 +71,7 @@ def test_looking_at_activations_pays(demo: run.Demo) -> None:
     for keep in PLAN.keeps:
         plain = demo.result("svd", keep).cosine_mean
         assert demo.result("whitened", keep).cosine_mean > plain + 0.2
-        assert demo.result("best", keep).cosine_mean > plain + 0.1
+        assert demo.result("global", keep).cosine_mean > plain + 0.1
     for method in PLAN.methods:
         assert demo.result(method, 0.7).cosine_mean > demo.result(method, 0.4).cosine_mean
 
@@ -79,9 +79,9 @@ def test_looking_at_activations_pays(demo: run.Demo) -> None:
 def test_smaller_sizes_are_taken_from_one_file(demo: run.Demo) -> None:
     """Uniform one-shot methods are compressed once; the best one at every size."""
     for r in demo.results:
-        fresh = r.keep == PLAN.keeps[0] or r.method == "best"
+        fresh = r.keep == PLAN.keeps[0] or r.method == "global"
         assert (r.layers is not None) == (r.compress_seconds is not None) == fresh
-    uniform = {r.parameters for r in demo.results if r.method != "best" and r.keep == 0.4}
+    uniform = {r.parameters for r in demo.results if r.method != "global" and r.keep == 0.4}
     assert len(uniform) == 1
 
 
@@ -195,7 +195,7 @@ def test_page_shows_every_number(demo: run.Demo, html: str) -> None:
         for value in (r.cosine_mean, r.cosine_p05, r.recall_at_1, r.recall_at_10):
             assert f"{value:.3f}" in text
         assert r.label in text
-    for layer in demo.result("best", 0.4).layers or []:
+    for layer in demo.result("global", 0.4).layers or []:
         assert layer["name"] in text
     for colour in ("#010101", "#020202", "#030303", "#040404", "#0a0", "#0b0"):
         assert colour not in html, "a placeholder was not replaced"
@@ -230,7 +230,7 @@ def test_table_fits_the_terminal(demo: run.Demo, width: int) -> None:
 def test_summary_is_plain_and_true(demo: run.Demo) -> None:
     text = " ".join(report.summary(demo))
     lead = report.headline(demo)
-    assert lead.method == "best"
+    assert lead.method == "global"
     assert lead.keep == 0.7
     assert f"{lead.cosine_mean:.3f}" in text
     assert f"{demo.original.recall_at_10:.1%}" in text

@@ -22,7 +22,7 @@ from structmat.demo.run import Demo, Result
 
 # Placeholders that become CSS variables: no plot uses these near-blacks otherwise.
 _INK, _MUTED, _GRID, _PAPER = "#010101", "#020202", "#030303", "#040404"
-_METHODS = {"svd": "#0a0101", "fisher": "#0a0202", "whitened": "#0a0303", "best": "#0a0404"}
+_METHODS = {"svd": "#0a0101", "fisher": "#0a0202", "whitened": "#0a0303", "global": "#0a0404"}
 _DEPTH = [f"#0b0{i}0{i}" for i in range(1, 7)]
 _VARIABLES = {
     _INK: "--ink",
@@ -32,7 +32,7 @@ _VARIABLES = {
     **{colour: f"--{method}" for method, colour in _METHODS.items()},
     **{colour: f"--depth-{i}" for i, colour in enumerate(_DEPTH)},
 }
-_MARKERS = {"svd": "s", "fisher": "^", "whitened": "D", "best": "o"}
+_MARKERS = {"svd": "s", "fisher": "^", "whitened": "D", "global": "o"}
 _STYLE: Any = {
     "svg.fonttype": "none",
     "figure.facecolor": "none",
@@ -91,7 +91,7 @@ def _line(axes: Axes, method: str, label: str, x: list[float], y: list[float]) -
         marker=_MARKERS[method],
         markeredgecolor=_PAPER,
         label=label,
-        zorder=4 if method == "best" else 3,
+        zorder=4 if method == "global" else 3,
     )
 
 
@@ -196,7 +196,7 @@ def _rank_grid(axes: Axes, result: Result, kinds: list[str], depths: list[int]) 
             [x - 0.47, x + 0.47],
             y - 0.45,
             y + 0.45,
-            color=_METHODS["best"],
+            color=_METHODS["global"],
             alpha=0.65 * share,
             lw=0,
         )
