@@ -90,8 +90,6 @@ void few_rows_range(std::int64_t m, std::int64_t k, const S* a, std::int64_t a_s
     std::int64_t offset[kDotRows];  // rows past the last read it again and are not written
     for (int i = 0; i < kDotRows; ++i) offset[i] = std::min(j + i, j1 - 1) * b_stride;
     const int live = static_cast<int>(std::min<std::int64_t>(kDotRows, j1 - j));
-    alignas(64) S start[kDotRows] = {};
-    if (bias != nullptr) convert(bias + j, start, live);
     for (std::int64_t group = 0; group < groups; ++group) {
       const std::int64_t t = m * group / groups;
       const int tokens = static_cast<int>(m * (group + 1) / groups - t);
