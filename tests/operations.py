@@ -41,10 +41,15 @@ def gaussian(like: torch.Tensor) -> torch.Tensor:
     return torch.ops.structmat.gaussian(like, 37, 129, 3, 1)
 
 
+def svd(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.ops.structmat.randomized_svd(A, 5, 3, None, 1)
+
+
 OPERATIONS = [
     low_rank("low_rank_linear", 67, 96, 80, 24),
     low_rank("low_rank_linear, odd sizes", 33, 41, 57, 13),
     low_rank("low_rank_linear, one token", 1, 96, 80, 24),
+    Operation("randomized_svd", ((67, 45),), svd, False),
     Operation("gaussian", ((0,),), gaussian, False, (torch.float32, torch.float64)),
 ]
 

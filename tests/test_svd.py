@@ -18,20 +18,13 @@ SPECTRA = {
     "harmonic": lambda i: 1 / i,
     "steep": lambda i: i**-2.0,
     "exponential": lambda i: torch.exp(-i / 4),
-    "step": lambda i: torch.where(i <= 12, 1.0, 0.05),  # repeated 12 times, rank 10 wanted
+    "step": lambda i: torch.where(i <= 12, 1.0, 0.05),  # repeated more often than wanted
     "flat": lambda i: torch.ones_like(i),
     "rank 5": lambda i: (i <= 5).double(),
     "condition 1e12": lambda i: torch.logspace(0, -12, len(i), dtype=torch.float64),
     "condition 1e30": lambda i: torch.logspace(0, -30, len(i), dtype=torch.float64),
     "zero": torch.zeros_like,
 }
-
-
-@pytest.fixture
-def backend(backend):
-    if backend.name != "cpu":
-        pytest.skip("randomized_svd has no CUDA kernels yet")
-    return backend
 
 
 def matrix(m, n, spectrum, dtype=torch.float64, scale=1.0):
@@ -92,9 +85,9 @@ def test_shapes_and_layouts(backend, dtype, shape, layout):
 def test_spectra(backend, dtype, spectrum, wide):
     A = matrix(150, 90, spectrum, dtype).to(backend.device)
     A = A.T if wide else A
-    result = sm.linalg.randomized_svd(A, 10)
-    verify(A, 10, result)
-    truth = torch.linalg.svdvals(A.cpu().double())[:10]
+    result = sm.linalg.randomized_svd(A, 6, oversample=6)
+    verify(A, 6, result)
+    truth = torch.linalg.svdvals(A.cpu().double())[:6]
     bound = 150 * 2 * UNIT[dtype] * truth[0]
     if not ((truth > bound / 4) & (truth < 4 * bound)).any():
         assert result.info.rank == int((truth > bound).sum())
@@ -119,9 +112,9 @@ def test_degenerate(backend, A, sweeps):
     verify(A, 8, sm.linalg.randomized_svd(A, 8, oversample=4, sweeps=sweeps))
 
 
-@pytest.mark.parametrize("rank", [1, 30, 57, 60])
+@pytest.mark.parametrize("rank", [1, 20, 37, 40])
 def test_large_ranks(backend, rank):
-    A = matrix(80, 60, "slow").to(backend.device)
+    A = matrix(60, 40, "slow").to(backend.device)
     verify(A, rank, sm.linalg.randomized_svd(A, rank), excess=0.05)
 
 
@@ -152,7 +145,7 @@ def test_complete_basis_is_exact(backend):
 )
 def test_scale(backend, dtype, scale):
     A = matrix(90, 60, "harmonic", dtype, scale).to(backend.device)
-    verify(A, 6, sm.linalg.randomized_svd(A, 6))
+    verify(A, 6, sm.linalg.randomized_svd(A, 6, oversample=4))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -161,8 +154,8 @@ def test_non_finite(backend, dtype, bad, where):
     A = make(40, 53, dtype=dtype, device=backend.device)
     A[where] = bad
     with pytest.raises(torch.linalg.LinAlgError, match="A contains NaN or Inf"):
-        sm.linalg.randomized_svd(A, 4)
-    U, S, Vh, _ = torch.ops.structmat.randomized_svd(A, 4, None, None, 0)
+        sm.linalg.randomized_svd(A, 4, oversample=2)
+    U, S, Vh, _ = torch.ops.structmat.randomized_svd(A, 4, 2, None, 0)
     assert all(t.isnan().all() for t in (U, S, Vh))
 
 
@@ -214,7 +207,9 @@ def test_estimate_follows_the_error():
 
 def test_seed(backend):
     A = make(60, 50, device=backend.device)
-    first, again, other = (sm.linalg.randomized_svd(A, 4, seed=s).U for s in (1, 1, 2**63 - 1))
+    first, again, other = (
+        sm.linalg.randomized_svd(A, 4, oversample=3, seed=s).U for s in (1, 1, 2**63 - 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 

@@ -60,7 +60,9 @@ class SvdAlgorithm {
     e.copy(t, x);
     orthonormalize(x, {}, kOrthPasses);
     e.small_svd(x, t);  // R = X^T T = P S W^T
-    e.factors(q, x);    // U, S, Vh and info
+    // Jacobi's iteration divides by singular values, which leaves out the vectors of zeros.
+    for (const Panel<T>& y : e.rough_vectors()) orthonormalize(y, {}, kOrthPasses);
+    e.factors(q, x);  // U, S, Vh and info
   }
 
  private:

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -166,6 +167,7 @@ class CpuEngine {
       throw LinAlgError("randomized_svd: the SVD of the projected matrix did not converge");
   }
 
+  std::array<Panel<T>, 0> rough_vectors() { return {}; }
   void factors(Panel<T> q, Panel<T> x) {
     const std::int64_t k = plan_.rank, l = basis_;
     std::copy_n(sigma_.get(), k, static_cast<T*>(s_.data));

@@ -17,15 +17,16 @@ template <class T>
 STRUCTMAT_HOST_DEVICE inline SvdInfo svd_info(const SvdPlan& plan, const T* sigma, double norm,
                                               double captured) {
   const double eps = std::numeric_limits<T>::epsilon();
+  const double inverse = norm > std::numeric_limits<double>::min() ? 1 / norm : 0.0;
   double tail = 0, rank = 0;
   for (std::int64_t i = 0; i < plan.basis(); ++i) {
-    const double value = norm > 0 ? static_cast<double>(sigma[i]) / norm : 0.0;
+    const double value = static_cast<double>(sigma[i]) * inverse;
     if (i >= plan.rank)
       tail += value * value;
     else if (sigma[i] > static_cast<T>(plan.tall) * static_cast<T>(eps) * sigma[0])
       rank += 1;
   }
-  const double share = norm > 0 ? captured / norm : 1.0;
+  const double share = inverse > 0 ? captured * inverse : 1.0;
   const double outside = plan.complete ? 0.0 : (1 - share) * (1 + share);
   const double square = (outside > 0 ? outside : 0.0) + tail;
   const double floor = norm > 0 ? (plan.complete ? 32 * eps : sqrt(8 * eps)) : 0.0;

@@ -16,7 +16,7 @@ struct SvdPlan {
   bool swapped;  // B = A^T
   std::int64_t rank, block, blocks, sweeps;
   bool complete;  // the basis is the whole space: the decomposition is exact
-  std::int64_t basis() const { return block * blocks; }
+  constexpr std::int64_t basis() const { return block * blocks; }
 };
 
 // Two blocks: with five passes they beat six of subspace iteration on every spectrum tried, and a

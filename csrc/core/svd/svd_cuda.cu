@@ -1,0 +1,415 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <array>
+
+#include "cuda/device.h"
+#include "cuda/gemm.h"
+#include "random/random_kernels.h"
+#include "structmat/error.h"
+#include "svd/jacobi_cuda.cuh"
+#include "svd/orth_cuda.cuh"
+#include "svd/panel_cuda.cuh"
+#include "svd/svd_info.h"
+#include "svd/svd_kernels.h"
+
+namespace structmat {
+namespace {
+
+using namespace svd_cuda;
+
+// Passes made by cuBLAS whatever comes; those after it are made by kernels that may stand down.
+constexpr int kFastPasses = 2;
+constexpr std::int64_t kConverted = std::int64_t{1} << 24;  // elements of A converted at a time
+
+constexpr unsigned blocks_for(std::int64_t count) {
+  return static_cast<unsigned>(
+      std::clamp<std::int64_t>((count + kThreads - 1) / kThreads, 1, 8192));
+}
+constexpr unsigned tiles(std::int64_t count, std::int64_t tile) {
+  return static_cast<unsigned>((count + tile - 1) / tile);
+}
+
+// B as it is stored, columns side by side where that can be, and whether that is its transpose.
+struct Stored {
+  StridedMatrixView view;
+  bool transposed, in_place;
+
+  explicit Stored(const StridedMatrixView& b)
+      : view(b), transposed(b.col_stride != 1 && b.row_stride == 1) {
+    if (transposed) {
+      std::swap(view.rows, view.cols);
+      std::swap(view.row_stride, view.col_stride);
+    }
+    in_place = (view.dtype == DType::f32 || view.dtype == DType::f64) && view.col_stride == 1 &&
+               view.row_stride >= view.cols;
+  }
+  std::int64_t panel_rows() const {
+    return std::clamp<std::int64_t>(kConverted / view.cols, 1, view.rows);
+  }
+};
+
+// The work space: counted without a base, handed out with one.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<unsigned char*>(base)) {}
+  template <class U>
+  U* take(std::int64_t count) {
+    U* out = base_ == nullptr ? nullptr : reinterpret_cast<U*>(base_ + used_);
+    used_ += (static_cast<std::size_t>(count) * sizeof(U) + 255) / 256 * 256;
+    return out;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  unsigned char* base_;
+  std::size_t used_ = 0;
+};
+
+template <class T>
+struct Buffers {
+  T *q, *x, *t;             // (tall, l), (small, l), (small, l)
+  double* wide;             // (tall, l): a panel in double, or the product that replaces it
+  double *gram, *inverse;   // (l, l)
+  double* scale;            // (l)
+  T *c, *w;                 // (l, l): projections and R; the factor of a pass
+  T* j;                     // (l, l): rotations
+  T *left, *right;          // (l, k): the columns of W and P
+  T *norms, *sigma, *unit;  // (l), (l), (1)
+  T* extremes;              // (kMaxSlabs, l)
+  int *empty, *rotated;     // (l), (kJacobiSweeps)
+  ScaledNorm *of_a, *of_t;  // (kMaxMeasures)
+  State* state;
+  T* converted;
+  void* gemm;
+  std::size_t bytes;
+
+  Buffers(void* base, const SvdPlan& plan, const Stored& a) {
+    Arena arena(base);
+    const std::int64_t l = plan.basis(), k = plan.rank;
+    q = arena.take<T>(plan.tall * l);
+    x = arena.take<T>(plan.small * l);
+    t = arena.take<T>(plan.small * l);
+    wide = arena.take<double>(plan.tall * l);
+    gram = arena.take<double>(l * l);
+    inverse = arena.take<double>(l * l);
+    scale = arena.take<double>(l);
+    c = arena.take<T>(l * l);
+    w = arena.take<T>(l * l);
+    j = arena.take<T>(l * l);
+    left = arena.take<T>(l * k);
+    right = arena.take<T>(l * k);
+    norms = arena.take<T>(l);
+    sigma = arena.take<T>(l);
+    unit = arena.take<T>(1);
+    extremes = arena.take<T>(kMaxSlabs * l);
+    empty = arena.take<int>(l);
+    rotated = arena.take<int>(kJacobiSweeps);
+    of_a = arena.take<ScaledNorm>(kMaxMeasures);
+    of_t = arena.take<ScaledNorm>(kMaxMeasures);
+    state = arena.take<State>(1);
+    converted = arena.take<T>(a.in_place ? 0 : a.panel_rows() * a.view.cols);
+    gemm = arena.take<unsigned char>(cuda::kGemmWorkspace);
+    bytes = arena.used();
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) copy_kernel(Panel<T> from, Panel<T> to) {
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+       i < from.rows * from.cols; i += step)
+    to.data[i / from.cols * to.stride + i % from.cols] =
+        from.data[i / from.cols * from.stride + i % from.cols];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) widen_kernel(Panel<T> from, double* to) {
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+       i < from.rows * from.cols; i += step)
+    to[i] = from.data[i / from.cols * from.stride + i % from.cols];
+}
+
+// The facts, from the partial norms. One block.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    info_kernel(SvdPlan plan, const T* sigma, const ScaledNorm* of_a, int parts_a,
+                const ScaledNorm* of_t, int parts_t, const State* state, SvdInfo* info) {
+  double value[2];
+  for (int which = 0; which < 2; ++which) {
+    ScaledNorm norm{0, 0};
+    for (int i = threadIdx.x; i < (which == 0 ? parts_a : parts_t); i += kThreads)
+      norm = combine(norm, (which == 0 ? of_a : of_t)[i]);
+    norm = reduce_norm(norm);
+    __syncthreads();
+    value[which] = norm.scale * sqrt(norm.sum);
+  }
+  if (threadIdx.x != 0) return;
+  *info = svd_info(plan, sigma, value[0], value[1]);
+  if (state->overflowed != 0 || !is_finite(value[0]) || !is_finite(static_cast<double>(sigma[0])))
+    info->finite = 0;
+}
+
+// S from all singular values; NaN in the place of everything where there is no finite answer.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(Panel<T> u, Panel<T> s, Panel<T> vh, const T* sigma, SvdInfo* info) {
+  const bool finite = info->finite != 0;
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
+  const std::int64_t id = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (std::int64_t i = id; i < s.cols; i += step) s.data[i] = finite ? sigma[i] : nan;
+  if (finite) return;
+  for (std::int64_t i = id; i < u.rows * u.cols; i += step)
+    u.data[i / u.cols * u.stride + i % u.cols] = nan;
+  for (std::int64_t i = id; i < vh.rows * vh.cols; i += step)
+    vh.data[i / vh.cols * vh.stride + i % vh.cols] = nan;
+}
+
+__global__ void start_kernel(State* state) {
+  *state = {kOrthPasses, 0};
+}
+
+template <class T>
+class CudaEngine {
+ public:
+  using Scalar = T;
+
+  CudaEngine(const Context& context, const StridedMatrixView& b, const SvdPlan& plan,
+             std::uint64_t seed, MatrixView u, VectorView s, MatrixView vh, SvdInfo* info)
+      : context_(context),
+        plan_(plan),
+        b_(b),
+        stored_(b),
+        seed_(seed),
+        info_(info),
+        buffers_(context.workspace, plan, stored_),
+        u_{static_cast<T*>(u.data), u.rows, u.cols, u.row_stride},
+        s_{static_cast<T*>(s.data), 1, s.size, s.size},
+        vh_{static_cast<T*>(vh.data), vh.rows, vh.cols, vh.row_stride} {
+    SM_LAUNCH(start_kernel, 1, 1, 0, context_.stream, buffers_.state);
+    dispatch_dtype(b.dtype, [&](auto element) {
+      using S = decltype(element);
+      SM_LAUNCH(measure_kernel<S>, measure_count(b.rows * b.cols), kThreads, 0, context_.stream,
+                static_cast<const S*>(stored_.view.data), stored_.view.rows, stored_.view.cols,
+                stored_.view.row_stride, stored_.view.col_stride, buffers_.of_a);
+    });
+  }
+
+  Panel<T> q() { return {buffers_.q, plan_.tall, plan_.basis(), plan_.basis()}; }
+  Panel<T> x() { return {buffers_.x, plan_.small, plan_.basis(), plan_.basis()}; }
+  Panel<T> t() { return {buffers_.t, plan_.small, plan_.basis(), plan_.basis()}; }
+
+  void sketch(Panel<T> y) {
+    fill_gaussian_cuda(context_, {y.data, dtype_of<T>(), y.rows, y.cols, y.stride}, seed_, 0);
+  }
+  void multiply(Panel<T> x, Panel<T> y) { product(stored_.transposed, x, y); }
+  void multiply_transposed(Panel<T> x, Panel<T> y) { product(!stored_.transposed, x, y); }
+  void load(Panel<T> y) { gather(b_, 0, y); }
+  void copy(Panel<T> from, Panel<T> to) {
+    SM_LAUNCH(copy_kernel<T>, blocks_for(from.rows * from.cols), kThreads, 0, context_.stream, from,
+              to);
+  }
+
+  void normalize(Panel<T> y) {
+    extremes(y);
+    SM_LAUNCH(normalize_kernel<T>, dim3(tiles(y.rows, 256), tiles(y.cols, 32)), kThreads, 0,
+              context_.stream, y, buffers_.extremes, static_cast<int>(slab_count(y.rows)),
+              buffers_.state);
+    pass_ = 0;
+  }
+  void project(Panel<T> y, Panel<T> q) {
+    gemm(true, q.cols, y.cols, y.rows, 1, q.data, q.stride, y.data, y.stride, 0, buffers_.c,
+         y.cols);
+    gemm(false, y.rows, y.cols, q.cols, -1, q.data, q.stride, buffers_.c, y.cols, 1, y.data,
+         y.stride);
+  }
+  void gram(Panel<T> y) {
+    if (pass_ >= kFastPasses) {
+      guarded<true, T, double>(y.cols, y.cols, y.rows, 1, y.data, y.stride, y.data, y.stride, 0,
+                               buffers_.gram, y.cols);
+      return;
+    }
+    SM_LAUNCH(widen_kernel<T>, blocks_for(y.rows * y.cols), kThreads, 0, context_.stream, y,
+              buffers_.wide);
+    cublas<double>(true, y.cols, y.cols, y.rows, 1, buffers_.wide, y.cols, buffers_.wide, y.cols, 0,
+                   buffers_.gram, y.cols);
+  }
+  void factor(std::int64_t cols, int) {
+    SM_LAUNCH(factor_kernel<T>, 1, kThreads, 0, context_.stream, buffers_.gram, buffers_.inverse,
+              buffers_.scale, buffers_.w, buffers_.empty, cols, pass_, buffers_.state);
+  }
+  void apply(Panel<T> y, std::uint32_t stream) {
+    T* product = reinterpret_cast<T*>(buffers_.wide);
+    gemm(false, y.rows, y.cols, y.cols, 1, y.data, y.stride, buffers_.w, y.cols, 0, product,
+         y.cols);
+    SM_LAUNCH(refill_kernel<T>, blocks_for(y.rows * y.cols), kThreads, 0, context_.stream, y,
+              product, buffers_.empty, seed_, stream, buffers_.state, pass_);
+    ++pass_;
+  }
+
+  // R = x^T t = P diag(S) W^T; left <- W_k, right <- P_k.
+  void small_svd(Panel<T> x, Panel<T> t) {
+    const std::int64_t l = plan_.basis(), k = plan_.rank;
+    void* stream = context_.stream;
+    SM_LAUNCH(measure_kernel<T>, measure_count(t.rows * t.cols), kThreads, 0, stream, t.data,
+              t.rows, t.cols, t.stride, std::int64_t{1}, buffers_.of_t);
+    cublas<T>(true, l, l, x.rows, 1, x.data, x.stride, t.data, t.stride, 0, buffers_.c, l);
+    SM_LAUNCH(jacobi_start_kernel<T>, 1, kThreads, 0, stream, buffers_.c, buffers_.j, l,
+              buffers_.unit, buffers_.rotated, buffers_.state);
+    const JacobiPlan jacobi = plan_jacobi<T>(l);
+    SM_ALLOW_SHARED(jacobi_kernel<T>, jacobi.shared_bytes);
+    for (int sweep = 0; sweep < kJacobiSweeps; ++sweep)
+      for (int round = 0; round < jacobi.groups - 1; ++round)
+        SM_LAUNCH(jacobi_kernel<T>, static_cast<unsigned>(jacobi.groups / 2),
+                  static_cast<unsigned>(32 * jacobi.group), jacobi.shared_bytes, stream, buffers_.c,
+                  buffers_.j, l, jacobi.group, jacobi.groups, round, sweep, jacobi.staged,
+                  buffers_.rotated);
+    SM_LAUNCH(row_norms_kernel<T>, tiles(l, kThreads / 32), kThreads, 0, stream, buffers_.c, l,
+              buffers_.norms);
+    SM_LAUNCH(place_kernel<T>, tiles(l, kThreads / 32), kThreads, 0, stream, buffers_.norms,
+              buffers_.unit, static_cast<int>(l), buffers_.empty, buffers_.sigma);
+    SM_LAUNCH(sort_kernel<T>, static_cast<unsigned>(l), kThreads, 0, stream, buffers_.c, buffers_.j,
+              buffers_.empty, l, k, buffers_.left, buffers_.right);
+  }
+  std::array<Panel<T>, 2> rough_vectors() {
+    return {Panel<T>{buffers_.left, plan_.basis(), plan_.rank, plan_.rank},
+            Panel<T>{buffers_.right, plan_.basis(), plan_.rank, plan_.rank}};
+  }
+
+  void factors(Panel<T> q, Panel<T> x) {
+    const std::int64_t l = plan_.basis(), k = plan_.rank;
+    const Panel<T> left = plan_.swapped ? x : q, right = plan_.swapped ? q : x;
+    const T* of_left = plan_.swapped ? buffers_.right : buffers_.left;
+    const T* of_right = plan_.swapped ? buffers_.left : buffers_.right;
+    cublas<T>(false, u_.rows, k, l, 1, left.data, left.stride, of_left, k, 0, u_.data, u_.stride);
+    cuda::Gemm transposed = shape(true, k, vh_.cols, l);
+    transposed.trans_b = true;
+    transposed.a = of_right;
+    transposed.lda = k;
+    transposed.b = right.data;
+    transposed.ldb = right.stride;
+    transposed.c = vh_.data;
+    transposed.ldc = vh_.stride;
+    cuda::gemm(context_, transposed, buffers_.gemm);
+    extremes(u_);
+    const int slabs = static_cast<int>(slab_count(u_.rows));
+    for (const Panel<T>& p : {u_, vh_})
+      SM_LAUNCH(sign_kernel<T>, blocks_for(p.rows * p.cols), kThreads, 0, context_.stream, p,
+                p.data == vh_.data, buffers_.extremes, slabs);
+    SM_LAUNCH(info_kernel<T>, 1, kThreads, 0, context_.stream, plan_, buffers_.sigma, buffers_.of_a,
+              static_cast<int>(measure_count(plan_.tall * plan_.small)), buffers_.of_t,
+              static_cast<int>(measure_count(plan_.small * l)), buffers_.state, info_);
+    SM_LAUNCH(finish_kernel<T>, blocks_for(u_.rows * k), kThreads, 0, context_.stream, u_, s_, vh_,
+              buffers_.sigma, info_);
+  }
+
+ private:
+  template <class U = T>
+  static cuda::Gemm shape(bool trans_a, std::int64_t m, std::int64_t n, std::int64_t k) {
+    cuda::Gemm g;
+    g.trans_a = trans_a;
+    g.m = m;
+    g.n = n;
+    g.k = k;
+    g.dtype = g.out = dtype_of<U>();
+    return g;
+  }
+  template <class U>
+  void cublas(bool trans_a, std::int64_t m, std::int64_t n, std::int64_t k, U alpha, const U* a,
+              std::int64_t lda, const U* b, std::int64_t ldb, U beta, U* c, std::int64_t ldc) {
+    cuda::Gemm g = shape<U>(trans_a, m, n, k);
+    g.a = a;
+    g.lda = lda;
+    g.b = b;
+    g.ldb = ldb;
+    g.c = c;
+    g.ldc = ldc;
+    g.alpha = alpha;
+    g.beta = beta;
+    cuda::gemm(context_, g, buffers_.gemm);
+  }
+  template <bool kTransA, class In, class Out>
+  void guarded(std::int64_t m, std::int64_t n, std::int64_t k, Out alpha, const In* a,
+               std::int64_t lda, const In* b, std::int64_t ldb, Out beta, Out* c,
+               std::int64_t ldc) {
+    SM_LAUNCH((guarded_gemm_kernel<kTransA, In, Out>), dim3(tiles(m, 32), tiles(n, 32)), kThreads,
+              0, context_.stream, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc, buffers_.state,
+              pass_);
+  }
+  void gemm(bool trans_a, std::int64_t m, std::int64_t n, std::int64_t k, T alpha, const T* a,
+            std::int64_t lda, const T* b, std::int64_t ldb, T beta, T* c, std::int64_t ldc) {
+    if (pass_ < kFastPasses)
+      cublas<T>(trans_a, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    else if (trans_a)
+      guarded<true, T, T>(m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    else
+      guarded<false, T, T>(m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  }
+  void extremes(Panel<T> y) {
+    SM_LAUNCH(extremes_kernel<T>, dim3(tiles(y.cols, 32), slab_count(y.rows)), kThreads, 0,
+              context_.stream, y, buffers_.extremes, buffers_.state);
+  }
+  // out <- rows first .. first + out.rows of a strided matrix
+  void gather(const StridedMatrixView& a, std::int64_t first, Panel<T> out) {
+    dispatch_dtype(a.dtype, [&](auto element) {
+      using S = decltype(element);
+      if constexpr (sizeof(S) <= sizeof(T))
+        SM_LAUNCH((gather_kernel<S, T>), blocks_for(out.rows * out.cols), kThreads, 0,
+                  context_.stream, static_cast<const S*>(a.data) + first * a.row_stride,
+                  a.row_stride, a.col_stride, out);
+    });
+  }
+  // y = op(S) x for the stored S
+  void product(bool transposed, Panel<T> x, Panel<T> y) {
+    const StridedMatrixView& s = stored_.view;
+    if (stored_.in_place) {
+      cublas<T>(transposed, y.rows, y.cols, x.rows, 1, static_cast<const T*>(s.data), s.row_stride,
+                x.data, x.stride, 0, y.data, y.stride);
+      return;
+    }
+    const std::int64_t height = stored_.panel_rows();
+    for (std::int64_t first = 0; first < s.rows; first += height) {
+      const std::int64_t rows = std::min(height, s.rows - first);
+      gather(s, first, {buffers_.converted, rows, s.cols, s.cols});
+      if (transposed)
+        cublas<T>(true, s.cols, y.cols, rows, 1, buffers_.converted, s.cols,
+                  x.data + first * x.stride, x.stride, first > 0, y.data, y.stride);
+      else
+        cublas<T>(false, rows, y.cols, s.cols, 1, buffers_.converted, s.cols, x.data, x.stride, 0,
+                  y.data + first * y.stride, y.stride);
+    }
+  }
+
+  const Context context_;
+  const SvdPlan plan_;
+  const StridedMatrixView b_;
+  const Stored stored_;
+  const std::uint64_t seed_;
+  SvdInfo* const info_;
+  const Buffers<T> buffers_;
+  const Panel<T> u_, s_, vh_;
+  int pass_ = 0;
+};
+
+}  // namespace
+
+void randomized_svd_cuda(const Context& context, const StridedMatrixView& b, const SvdPlan& plan,
+                         std::uint64_t seed, MatrixView u, VectorView s, MatrixView vh,
+                         SvdInfo* info) {
+  const auto decompose = [&](auto element) {
+    CudaEngine<decltype(element)> engine(context, b, plan, seed, u, s, vh, info);
+    SvdAlgorithm<CudaEngine<decltype(element)>>(engine, plan).run();
+  };
+  if (b.dtype == DType::f64)
+    decompose(double{});
+  else
+    decompose(float{});
+}
+
+std::size_t randomized_svd_workspace_cuda(const StridedMatrixView& b, const SvdPlan& plan) {
+  return b.dtype == DType::f64 ? Buffers<double>(nullptr, plan, Stored(b)).bytes
+                               : Buffers<float>(nullptr, plan, Stored(b)).bytes;
+}
+
+}  // namespace structmat
