@@ -157,6 +157,83 @@ def test_second_derivatives_through_the_saved_hidden(backend: Backend, wanted) -
     assert torch.autograd.gradgradcheck(sm.ops.low_rank_linear, args)
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_transforms_and_forward_mode(requires_grad: bool) -> None:
+    """Tangents, nested derivatives and batches, against those of two plain products."""
+    given = arguments((6, 5, 7, 3), torch.float64, "cpu", requires_grad=requires_grad)
+    x, U, V, b = given
+    tangents = tuple(torch.randn_like(a) for a in given)
+
+    def derivatives(f):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x.detach(), tangents[0])
+            tangent = torch.autograd.forward_ad.unpack_dual(f(dual, U, V, b)).tangent
+        return [
+            *torch.func.jvp(f, tuple(given), tangents),
+            torch.func.grad(lambda U: f(x, U, V, b).square().sum())(U),
+            torch.func.hessian(lambda V: f(x, U, V, b).square().sum())(V),
+            torch.func.vmap(f, (0, None, None, None))(x.reshape(2, 3, 7), U, V, b),
+            tangent,
+        ]
+
+    got = derivatives(sm.ops.low_rank_linear)
+    want = derivatives(lambda x, U, V, b: (x @ V.T) @ U.T + b)
+    for a, e in zip(got, want, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+def test_a_factor_that_no_gradient_needs_may_change() -> None:
+    x, U, V, b = arguments((6, 5, 7, 3), torch.float64, "cpu")
+    y = sm.ops.low_rank_linear(x, U.requires_grad_(), V, b)
+    want = (x @ V.T).sum(0).expand(5, 3).clone()
+    V.zero_()
+    y.sum().backward()
+    torch.testing.assert_close(U.grad, want)
+
+
+def run_python(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_after_a_failed_allocation() -> None:
+    """Scratch that could not grow does not pass for what it should have become."""
+    code = """
+import resource, torch, structmat as sm
+def step(T, r):
+    x, dy = torch.ones(1, 64).expand(T, 64), torch.ones(1, 64).expand(T, 64)
+    U, V = torch.ones(64, r), torch.ones(r, 64, requires_grad=True)
+    return torch.autograd.grad(sm.ops.low_rank_linear(x, U, V), V, dy)[0][0, 0].item()
+torch.set_num_threads(1)
+step(1000, 64)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 29), -1))
+for T, r in [(700_000, 1024), (4000, 1024)]:
+    try:
+        print(step(T, r))
+    except (MemoryError, RuntimeError):
+        print("refused")
+print(step(500, 64))
+"""
+    assert run_python(code) == ["refused", "256000.0", "32000.0"]
+
+
+def test_large_scratch_is_given_back() -> None:
+    code = """
+import resource, torch, structmat as sm
+U, V = torch.ones(8, 256), torch.ones(256, 8, requires_grad=True)
+x = torch.ones(1, 8).expand(100_000, 8)
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+torch.autograd.grad(sm.ops.low_rank_linear(x[:100], U, V), V, x[:100])
+before = resident()
+torch.autograd.grad(sm.ops.low_rank_linear(x, U, V), V, x)
+print((resident() - before) >> 20)
+"""
+    assert int(run_python(code)[0]) < 50  # dh takes 100 MB
+
+
 def test_opcheck(dtype: torch.dtype) -> None:
     ops = torch.ops.structmat
     plain = arguments((5, 4, 6, 2), dtype, "cpu", layout="contiguous")

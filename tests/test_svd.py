@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """sm.linalg.randomized_svd against torch.linalg.svd in double precision."""
 
+import pickle
 from itertools import pairwise
 
 import numpy as np
@@ -253,6 +254,22 @@ def test_numpy_errors():
         _C.randomized_svd(np.ones((0, 3)), 1)
     with pytest.raises(TypeError, match="must be float32, float64 or float16, got int64"):
         _C.randomized_svd(np.ones((4, 3), np.int64), 1)
+    with pytest.raises(TypeError, match="must be float32, float64 or float16, got >f2"):
+        _C.randomized_svd(np.ones((4, 3), ">f2"), 1)
+
+
+def test_numpy_arrays_from_other_processes():
+    """Their dtype equals NumPy's own, but is another object."""
+    A = np.random.default_rng(0).standard_normal((40, 30))
+    copy = pickle.loads(pickle.dumps(A))
+    assert np.array_equal(_C.randomized_svd(copy, 5)[1], _C.randomized_svd(A, 5)[1])
+    assert _C.gaussian(2, 3, dtype=np.dtype("f8", copy=True)).dtype == np.float64
+
+
+def test_transforms_are_refused():
+    A = torch.ones(4, 3)
+    with pytest.raises(RuntimeError, match=r"no rule for torch\.func transforms"):
+        torch.func.jvp(lambda A: sm.linalg.randomized_svd(A, 2).S, (A,), (A,))
 
 
 BAD = [

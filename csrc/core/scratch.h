@@ -19,6 +19,7 @@ class Scratch {
     const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(S) + 63) / 64 * 64 + 64;
     if (bytes > bytes_) {
       memory_.reset();
+      bytes_ = 0;
       memory_.reset(std::aligned_alloc(64, bytes));
       if (!memory_) throw std::bad_alloc();
       bytes_ = bytes;

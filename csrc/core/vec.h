@@ -156,8 +156,8 @@ inline Vec<S> load_wide_part(const T* p, int count) {
 
 // Lane i is lane index(i) of a, or lane index(i) - lanes of b.
 template <class S, class Index, int... kLane>
-inline Vec<S> shuffle(Vec<S> a, Vec<S> b, Index index, std::integer_sequence<int, kLane...>) {
-  return __builtin_shuffle(a, b, typename VecOf<S>::index{index(kLane)...});
+inline Vec<S> shuffle(Vec<S> a, Vec<S> b, Index, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, Index{}(kLane)...);
 }
 template <class S, class Index>
 inline Vec<S> shuffle(Vec<S> a, Vec<S> b, Index index) {

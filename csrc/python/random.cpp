@@ -25,9 +25,9 @@ py::array gaussian_of(std::int64_t rows, std::int64_t cols, std::uint64_t seed,
 
 py::array gaussian(std::int64_t rows, std::int64_t cols, std::uint64_t seed, std::uint32_t stream,
                    const py::dtype& dtype, int threads) {
-  if (dtype.is(py::dtype::of<double>()))
+  if (dtype.equal(py::dtype::of<double>()))
     return gaussian_of<double>(rows, cols, seed, stream, threads);
-  if (dtype.is(py::dtype::of<float>()))
+  if (dtype.equal(py::dtype::of<float>()))
     return gaussian_of<float>(rows, cols, seed, stream, threads);
   throw py::type_error("gaussian: dtype must be float32 or float64, got " +
                        py::str(dtype).cast<std::string>());

@@ -13,9 +13,9 @@ namespace {
 
 DType dtype_of_array(const py::array& a) {
   const py::dtype dtype = a.dtype();
-  if (dtype.is(py::dtype::of<float>())) return DType::f32;
-  if (dtype.is(py::dtype::of<double>())) return DType::f64;
-  if (dtype.kind() == 'f' && dtype.itemsize() == 2) return DType::f16;
+  if (dtype.equal(py::dtype::of<float>())) return DType::f32;
+  if (dtype.equal(py::dtype::of<double>())) return DType::f64;
+  if (dtype.equal(py::dtype("e"))) return DType::f16;
   throw py::type_error("randomized_svd: A must be float32, float64 or float16, got " +
                        py::str(dtype).cast<std::string>());
 }

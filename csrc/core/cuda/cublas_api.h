@@ -11,6 +11,7 @@ namespace structmat::cuda {
 enum : std::int32_t { kCudaR32F = 0, kCudaR64F = 1, kCudaR16F = 2, kCudaR16BF = 14 };
 enum : std::int32_t { kCublasCompute32F = 68, kCublasCompute64F = 70 };
 enum : std::int32_t { kCublasOpN = 0, kCublasOpT = 1 };
+enum : std::int32_t { kCublasStatusNotSupported = 15 };
 enum : std::int32_t {
   kDescTransA = 3,
   kDescTransB = 4,

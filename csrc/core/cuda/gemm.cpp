@@ -140,7 +140,10 @@ bool matmul(const Gemm& g, void* workspace, cudaStream_t stream) {
   CublasLtHeuristicResult result{};
   int found = 0;  // cuBLASLt caches its heuristic: asking again costs little
   const int status = lt.heuristic(handle, desc, a, b, c, c, preference, 1, &result, &found);
-  if (status != 0 || found == 0) return false;
+  // A bias is refused with other statuses too, and then added beforehand.
+  if (status == kCublasStatusNotSupported || (status != 0 && g.bias != nullptr)) return false;
+  check(status, "cublasLtMatmulAlgoGetHeuristic");
+  if (found == 0 || result.state != 0) return false;
 
   const float alpha32 = static_cast<float>(g.alpha), beta32 = static_cast<float>(g.beta);
   const void* alpha = f64 ? static_cast<const void*>(&g.alpha) : &alpha32;

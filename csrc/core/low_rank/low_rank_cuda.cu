@@ -2,6 +2,8 @@
 // Many tokens: cuBLAS products, the bias in their epilogue. Few tokens: the decode kernel, which
 // reads each weight once in 16-byte loads and keeps fp32 (fp64) sums; no atomics, one order of
 // addition.
+#include <algorithm>
+
 #include "cuda/device.h"
 #include "cuda/gemm.h"
 #include "half.h"
@@ -205,9 +207,10 @@ void multiply(const Context& context, ConstMatrixView a, bool trans_a, ConstMatr
   cuda::Gemm g;
   g.trans_a = trans_a, g.trans_b = trans_b;
   g.m = c.rows, g.n = c.cols, g.k = trans_a ? a.rows : a.cols;
-  g.a = a.data, g.lda = a.row_stride;
-  g.b = b.data, g.ldb = b.row_stride;
-  g.c = c.data, g.ldc = c.row_stride;
+  // a single row may have any stride
+  g.a = a.data, g.lda = std::max(a.row_stride, a.cols);
+  g.b = b.data, g.ldb = std::max(b.row_stride, b.cols);
+  g.c = c.data, g.ldc = std::max(c.row_stride, c.cols);
   g.dtype = g.out = a.dtype;
   g.bias = bias;
   cuda::gemm(context, g, workspace);

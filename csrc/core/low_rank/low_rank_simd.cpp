@@ -91,6 +91,7 @@ struct LowRank {
                        ConstMatrixView u, ConstMatrixView v, ConstMatrixView hidden,
                        const LowRankGradients& grads) {
     static thread_local Scratch dh_memory;
+    Scratch large;  // what is sized by the number of tokens goes when the call ends
     const std::int64_t tokens = dy.rows, m = u.rows, r = u.cols, n = v.cols;
     // All of dh for the gradient of V, else blocks of it.
     const bool want_x = grads.x.data != nullptr, want_v = grads.v.data != nullptr;
@@ -98,7 +99,8 @@ struct LowRank {
     // A stride that is no multiple of 4 KB: columns of dh are read, too.
     const std::int64_t dh_stride = r + kLanes<S>;
     if (want_x || want_v) {
-      S* dh = dh_memory.get<S>(std::min(block, tokens) * dh_stride);
+      const std::int64_t numbers = std::min(block, tokens) * dh_stride;
+      S* dh = (numbers > 2 * kHiddenNumbers ? large : dh_memory).get<S>(numbers);
       if (tokens <= kFewTokens) {
         static thread_local Scratch dy_memory;
         const Wide a(dy, dy_memory);

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -158,6 +159,8 @@ def _check(A: Any, rank: int, oversample: int | None, sweeps: int | None, seed: 
         raise ValueError(f"{op}: A is empty, shape {tuple(A.shape)}")
     if A.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{op}: A requires grad, but has no gradient here; pass A.detach()")
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise RuntimeError(f"{op}: there is no rule for torch.func transforms and forward mode")
     for name, value in (
         ("rank", rank),
         ("seed", seed),

@@ -163,7 +163,8 @@ class LowRankLinear(nn.Module):
         FLOPs each time and ``m n`` numbers of memory, and gradients flow to ``U`` and ``V``.
 
         Raises:
-            RuntimeError: it is written to, which would change neither.
+            RuntimeError: it is written to, which would change neither. ``weight.data`` and
+                ``weight.detach()`` are copies, and can be.
         """
         return self.U @ self.V if torch.compiler.is_compiling() else _Product(self.U, self.V)
 
