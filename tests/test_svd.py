@@ -156,14 +156,44 @@ def test_non_finite(backend, dtype, bad, where):
     A[where] = bad
     with pytest.raises(torch.linalg.LinAlgError, match="A contains NaN or Inf"):
         sm.linalg.randomized_svd(A, 4, oversample=2)
-    U, S, Vh, _ = torch.ops.structmat.randomized_svd(A, 4, 2, None, 0)
-    assert all(t.isnan().all() for t in (U, S, Vh))
+    *factors, facts = torch.ops.structmat.randomized_svd(A, 4, 2, None, 0)
+    assert all(t.isnan().all() for t in (*factors, facts[:4]))
+    assert facts[4] == 0
+    info = sm.linalg.SVDInfo(facts)
+    assert (info.rank, info.sweeps, str(info.error)) == (0, 0, "nan")
 
 
 def test_singular_value_out_of_range(backend):
     A = torch.full((60, 50), 3e38, device=backend.device)  # sigma_1 = 1.6e40
     with pytest.raises(torch.linalg.LinAlgError, match="exceeds the range"):
         sm.linalg.randomized_svd(A, 3)
+    # the products stay in range, the projected matrix does not
+    A = torch.full((2000, 1500), 3e35, device=backend.device)
+    with pytest.raises(torch.linalg.LinAlgError, match="exceeds the range"):
+        sm.linalg.randomized_svd(A, 3)
+    A = 1.7e308 * torch.eye(4, dtype=torch.float64, device=backend.device)
+    with pytest.raises(torch.linalg.LinAlgError, match="the norm"):
+        sm.linalg.randomized_svd(A, 2)
+
+
+@pytest.mark.parametrize("kilobytes", [2, 8, 16])
+def test_gpus_with_less_shared_memory(emulated_library, monkeypatch, kilobytes):
+    """Smaller groups of rows, or rows left in global memory."""
+    if emulated_library is None:
+        pytest.skip("structmat was built without STRUCTMAT_EMULATE")
+    monkeypatch.setenv("STRUCTMAT_EMULATE_SHARED", str(kilobytes << 10))
+    A = matrix(90, 70, "harmonic", torch.float32)
+    *factors, facts = torch.ops.structmat_emulated.randomized_svd(A, 20, 10, None, 0)
+    result = sm.linalg.SVDResult(*factors)
+    result.info = sm.linalg.SVDInfo(facts)
+    verify(A, 20, result)
+
+
+def test_rows_of_every_magnitude(backend):
+    """Squares of the smallest underflow next to the largest."""
+    A = torch.diag(torch.logspace(0, -36, 37)).to(backend.device)
+    S = sm.linalg.randomized_svd(A, 5).S.cpu()
+    torch.testing.assert_close(S, torch.logspace(0, -4, 5), rtol=1e-5, atol=0)
 
 
 def test_sweeps_are_made_and_reported(backend):
@@ -248,8 +278,9 @@ def test_numpy_reads_any_strides():
 def test_numpy_errors():
     with pytest.raises(np.linalg.LinAlgError, match="A contains NaN or Inf"):
         _C.randomized_svd(np.full((4, 3), np.nan), 2)
-    with pytest.raises(ValueError, match="rank is 4, wanted 1 to 3"):
-        _C.randomized_svd(np.ones((4, 3)), 4)
+    for rank in (4, 10**14, 0, -1):
+        with pytest.raises(ValueError, match=f"rank is {rank}, wanted 1 to 3"):
+            _C.randomized_svd(np.ones((4, 3)), rank)
     with pytest.raises(ValueError, match=r"A is empty, shape \(0, 3\)"):
         _C.randomized_svd(np.ones((0, 3)), 1)
     with pytest.raises(TypeError, match="must be float32, float64 or float16, got int64"):

@@ -4,6 +4,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "bindings.h"
 
 namespace py = pybind11;
@@ -22,7 +24,8 @@ DType dtype_of_array(const py::array& a) {
 
 template <class T>
 py::tuple decompose(const StridedMatrixView& a, const SvdOptions& options, int threads) {
-  const std::int64_t k = std::max<std::int64_t>(options.rank, 0);
+  // A rank out of range is refused before anything is written.
+  const std::int64_t k = std::clamp<std::int64_t>(options.rank, 0, std::min(a.rows, a.cols));
   py::array_t<T> u({a.rows, k}), s(k), vh({k, a.cols});
   T *u_data = u.mutable_data(), *s_data = s.mutable_data(), *vh_data = vh.mutable_data();
   SvdInfo info{};

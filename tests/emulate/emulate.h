@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -113,6 +114,16 @@ T exchange(unsigned mask, T value, int source) {
 #define SM_UNROLL
 #define SM_ALLOW_SHARED(kernel, bytes) static_cast<void>(bytes)
 #define SM_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emulate::current->shared)
+
+namespace structmat::cuda {
+
+// Hopper's, or STRUCTMAT_EMULATE_SHARED for another GPU's.
+inline int max_shared_bytes() {
+  const char* wanted = std::getenv("STRUCTMAT_EMULATE_SHARED");
+  return wanted != nullptr ? std::atoi(wanted) : 227 * 1024;
+}
+
+}  // namespace structmat::cuda
 
 inline void __syncthreads() {
   emulate::wait(emulate::Wait::block);

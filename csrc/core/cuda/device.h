@@ -30,4 +30,18 @@
 #define SM_DYNAMIC_SHARED(T, name)                         \
   extern __shared__ __align__(128) unsigned char sm_raw[]; \
   T* name = reinterpret_cast<T*>(sm_raw)
+
+namespace structmat::cuda {
+
+// Shared memory that a block may have on the current device: 99 to 227 KB.
+inline int max_shared_bytes() {
+  int device = 0, bytes = 0;
+  const bool ok = cudaGetDevice(&device) == cudaSuccess &&
+                  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
+                      cudaSuccess;
+  STRUCTMAT_CHECK(ok, "structmat: cannot read how much shared memory the device has");
+  return bytes;
+}
+
+}  // namespace structmat::cuda
 #endif

@@ -12,7 +12,6 @@ namespace svd_cuda {
 
 constexpr int kMaxGroup = 16;      // rows of a group: 16 warps rotate the 32 rows of a pair
 constexpr int kJacobiSweeps = 16;  // 5 to 10 are made
-constexpr int kMaxShared = 224 * 1024;
 
 struct JacobiPlan {
   int group, groups;  // rows in a group; groups, an even number
@@ -21,13 +20,13 @@ struct JacobiPlan {
 };
 
 template <class T>
-JacobiPlan plan_jacobi(std::int64_t n) {
+JacobiPlan plan_jacobi(std::int64_t n, int max_shared) {
   JacobiPlan plan{};
   plan.group = kMaxGroup;
   if (n <= 2 * kMaxGroup) plan.group = static_cast<int>((n + 1) / 2);
-  const auto bytes = [&](int group) { return std::int64_t{2} * group * 2 * n * sizeof(T); };
-  while (plan.group > 4 && bytes(plan.group) > kMaxShared) plan.group /= 2;
-  plan.staged = bytes(plan.group) <= kMaxShared;
+  const auto bytes = [&](int group) { return 4 * group * n * static_cast<std::int64_t>(sizeof(T)); };
+  while (plan.group > 4 && bytes(plan.group) > max_shared) plan.group /= 2;
+  plan.staged = bytes(plan.group) <= max_shared;
   if (!plan.staged) plan.group = kMaxGroup;
   const std::int64_t groups = (n + plan.group - 1) / plan.group;
   plan.groups = static_cast<int>(groups + groups % 2);
@@ -85,6 +84,10 @@ __device__ bool rotate(T* rp, T* rq, T* jp, T* jq, std::int64_t n, T tolerance) 
   pp = warp_sum(pp);
   qq = warp_sum(qq);
   pq = warp_sum(pq);
+  // R's largest entry is one or two: below this a row is zero next to it, and its square loses
+  // digits, so that a pair would be rotated for ever.
+  constexpr T least = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
+  if (pp < least || qq < least) return false;
   if (!(fabs(pq) > tolerance * sqrt(pp) * sqrt(qq))) return false;
   // The smaller root of t^2 + 2 zeta t - 1.
   const T zeta = (qq - pp) / (2 * pq);

@@ -65,6 +65,7 @@ __device__ inline ScaledNorm reduce_norm(ScaledNorm mine) {
     if (static_cast<int>(threadIdx.x) < half)
       all[threadIdx.x] = combine(all[threadIdx.x], all[threadIdx.x + half]);
   }
+  __syncthreads();
   return all[0];
 }
 

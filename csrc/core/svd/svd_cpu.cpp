@@ -69,7 +69,7 @@ class CpuEngine {
 
   // Scales each column by a power of two to a largest entry in [1, 2).
   void normalize(Panel<T> y) {
-    const std::int64_t slabs = slab_count(y.rows), slab = ceil_div(y.rows, slabs);
+    const std::int64_t slabs = slab_count(y.rows, 1), slab = ceil_div(y.rows, slabs);
     const auto largest = scratch<T>(slabs * y.cols);
     const auto finite = scratch<bool>(slabs);
     parallel_for(context_, slabs, [&](std::int64_t i) {
@@ -110,7 +110,7 @@ class CpuEngine {
   // The upper triangle of y^T y, in double.
   void gram(Panel<T> y) {
     if (done_) return;
-    sum_over_rows<double>(y.rows, y.cols * y.cols, gram_.get(),
+    sum_over_rows<double>(y.rows, y.cols, y.cols, gram_.get(),
                           [&](std::int64_t first, std::int64_t last, double* out) {
                             std::fill_n(out, y.cols * y.cols, 0.0);
                             const auto wide = scratch<double>(kTile * y.cols);
@@ -158,6 +158,7 @@ class CpuEngine {
     check_in_range(std::isfinite(captured_.sum));
     const auto r = scratch<T>(l * l);
     inner(x, t, r.get(), l);
+    check_in_range(std::all_of(r.get(), r.get() + l * l, [](T v) { return std::isfinite(v); }));
     sigma_ = scratch<T>(l);
     w_ = scratch<T>(l * l);
     p_ = scratch<T>(l * l);
@@ -165,6 +166,7 @@ class CpuEngine {
     if (!blas::gesdd(to_int(l), r.get(), to_int(l), sigma_.get(), w_.get(), to_int(l), p_.get(),
                      to_int(l)))
       throw LinAlgError("randomized_svd: the SVD of the projected matrix did not converge");
+    check_in_range(std::isfinite(sigma_[0]) && std::isfinite(norm_.value()));
   }
 
   std::array<Panel<T>, 0> rough_vectors() { return {}; }
@@ -188,8 +190,10 @@ class CpuEngine {
   static T power_of_two_inverse(T x) {  // finite for subnormal x too
     return std::ldexp(T{1}, std::min(-std::ilogb(x), std::numeric_limits<T>::max_exponent - 1));
   }
-  static std::int64_t slab_count(std::int64_t rows) {
-    return std::clamp<std::int64_t>(rows / 1024, 1, 64);
+  // Slabs of rows summed on their own, whose results have `cols` columns: no more in all than a
+  // panel in float32. Of the sizes alone, so that the bits do not depend on threads.
+  static std::int64_t slab_count(std::int64_t rows, std::int64_t cols) {
+    return std::clamp<std::int64_t>(std::min(rows / 1024, rows / (2 * cols)), 1, 64);
   }
 
   template <class Body>  // body(first, last) over tiles of rows
@@ -199,8 +203,10 @@ class CpuEngine {
   }
   // out = sum over slabs of rows, in order; body(first, last, partial) writes its part.
   template <class Sum, class Body>
-  void sum_over_rows(std::int64_t count, std::int64_t size, Sum* out, Body&& body) {
-    const std::int64_t slabs = slab_count(count), slab = ceil_div(count, slabs);
+  void sum_over_rows(std::int64_t count, std::int64_t height, std::int64_t width, Sum* out,
+                     Body&& body) {
+    const std::int64_t slabs = slab_count(count, std::max(height, width));
+    const std::int64_t slab = ceil_div(count, slabs), size = height * width;
     const auto partial = scratch<Sum>((slabs - 1) * size);
     parallel_for(context_, slabs, [&](std::int64_t i) {
       body(i * slab, std::min(count, (i + 1) * slab),
@@ -216,7 +222,7 @@ class CpuEngine {
   // out (a.cols, b.cols) = a^T b, contiguous
   void inner(Panel<T> a, Panel<T> b, T* out, std::int64_t ld) {
     sum_over_rows<T>(
-        a.rows, a.cols * b.cols, out, [&](std::int64_t first, std::int64_t last, T* part) {
+        a.rows, a.cols, b.cols, out, [&](std::int64_t first, std::int64_t last, T* part) {
           blas::gemm('N', 'T', to_int(b.cols), to_int(a.cols), to_int(last - first), T{1},
                      b.data + first * b.stride, to_int(b.stride), a.data + first * a.stride,
                      to_int(a.stride), T{0}, part, to_int(ld));
@@ -280,7 +286,8 @@ class CpuEngine {
   }
   static void check_in_range(bool finite) {
     if (!finite)
-      throw LinAlgError("randomized_svd: a singular value of A exceeds the range of its type");
+      throw LinAlgError(
+          "randomized_svd: a singular value or the norm of A exceeds the range of its type");
   }
 
   const Context context_;

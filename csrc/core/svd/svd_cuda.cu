@@ -67,8 +67,8 @@ class Arena {
 
 template <class T>
 struct Buffers {
-  T *q, *x, *t;             // (tall, l), (small, l), (small, l)
-  double* wide;             // (tall, l): a panel in double, or the product that replaces it
+  T *q, *x, *t;  // (tall, l), (small, l), (small, l)
+  double* wide;  // (tall, block) or (small, l): a panel in double, or the product that replaces it
   double *gram, *inverse;   // (l, l)
   double* scale;            // (l)
   T *c, *w;                 // (l, l): projections and R; the factor of a pass
@@ -89,7 +89,7 @@ struct Buffers {
     q = arena.take<T>(plan.tall * l);
     x = arena.take<T>(plan.small * l);
     t = arena.take<T>(plan.small * l);
-    wide = arena.take<double>(plan.tall * l);
+    wide = arena.take<double>(std::max(plan.tall * plan.block, plan.small * l));
     gram = arena.take<double>(l * l);
     inverse = arena.take<double>(l * l);
     scale = arena.take<double>(l);
@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kThreads) widen_kernel(Panel<T> from, double* 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     info_kernel(SvdPlan plan, const T* sigma, const ScaledNorm* of_a, int parts_a,
-                const ScaledNorm* of_t, int parts_t, const State* state, SvdInfo* info) {
+                const ScaledNorm* of_t, int parts_t, const int* rotated, const State* state,
+                SvdInfo* info) {
   double value[2];
   for (int which = 0; which < 2; ++which) {
     ScaledNorm norm{0, 0};
@@ -146,8 +147,11 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (threadIdx.x != 0) return;
   *info = svd_info(plan, sigma, value[0], value[1]);
-  if (state->overflowed != 0 || !is_finite(value[0]) || !is_finite(static_cast<double>(sigma[0])))
-    info->finite = 0;
+  if (state->overflowed != 0 || rotated[kJacobiSweeps - 1] != 0 || !is_finite(value[0]) ||
+      !is_finite(static_cast<double>(sigma[0]))) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    *info = {nan, nan, nan, nan, 0};
+  }
 }
 
 // S from all singular values; NaN in the place of everything where there is no finite answer.
@@ -257,8 +261,9 @@ class CudaEngine {
     cublas<T>(true, l, l, x.rows, 1, x.data, x.stride, t.data, t.stride, 0, buffers_.c, l);
     SM_LAUNCH(jacobi_start_kernel<T>, 1, kThreads, 0, stream, buffers_.c, buffers_.j, l,
               buffers_.unit, buffers_.rotated, buffers_.state);
-    const JacobiPlan jacobi = plan_jacobi<T>(l);
-    SM_ALLOW_SHARED(jacobi_kernel<T>, jacobi.shared_bytes);
+    const int max_shared = cuda::max_shared_bytes();
+    const JacobiPlan jacobi = plan_jacobi<T>(l, max_shared);
+    SM_ALLOW_SHARED(jacobi_kernel<T>, max_shared);  // the same from all threads: the last one holds
     for (int sweep = 0; sweep < kJacobiSweeps; ++sweep)
       for (int round = 0; round < jacobi.groups - 1; ++round)
         SM_LAUNCH(jacobi_kernel<T>, static_cast<unsigned>(jacobi.groups / 2),
@@ -299,7 +304,8 @@ class CudaEngine {
                 p.data == vh_.data, buffers_.extremes, slabs);
     SM_LAUNCH(info_kernel<T>, 1, kThreads, 0, context_.stream, plan_, buffers_.sigma, buffers_.of_a,
               static_cast<int>(measure_count(plan_.tall * plan_.small)), buffers_.of_t,
-              static_cast<int>(measure_count(plan_.small * l)), buffers_.state, info_);
+              static_cast<int>(measure_count(plan_.small * l)), buffers_.rotated, buffers_.state,
+              info_);
     SM_LAUNCH(finish_kernel<T>, blocks_for(u_.rows * k), kThreads, 0, context_.stream, u_, s_, vh_,
               buffers_.sigma, info_);
   }

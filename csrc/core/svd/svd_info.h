@@ -31,7 +31,7 @@ STRUCTMAT_HOST_DEVICE inline SvdInfo svd_info(const SvdPlan& plan, const T* sigm
   const double square = (outside > 0 ? outside : 0.0) + tail;
   const double floor = norm > 0 ? (plan.complete ? 32 * eps : sqrt(8 * eps)) : 0.0;
   const double error = sqrt(square);
-  return {error > floor ? error : floor, norm, rank, static_cast<double>(plan.sweeps), 1.0};
+  return {error < floor ? floor : error, norm, rank, static_cast<double>(plan.sweeps), 1.0};
 }
 
 }  // namespace structmat

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Truncated singular value decomposition."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -37,11 +38,15 @@ class SVDInfo:
 
     @property
     def rank(self) -> int:
-        return int(self._facts[2])
+        return self._count(2)
 
     @property
     def sweeps(self) -> int:
-        return int(self._facts[3])
+        return self._count(3)
+
+    def _count(self, fact: int) -> int:
+        value = float(self._facts[fact])
+        return 0 if math.isnan(value) else int(value)  # NaN: there was no result, in a graph
 
     def __repr__(self) -> str:
         return (
@@ -113,12 +118,14 @@ def randomized_svd(
         TypeError: ``A`` is not a tensor, or of another dtype.
         ValueError: ``A`` is empty or has not 2 dimensions; rank, oversample, sweeps or seed is out
             of range.
-        torch.linalg.LinAlgError: ``A`` contains NaN or Inf, or a singular value exceeds the range
-            of its type. In a compiled graph there is no exception: the result is NaN.
+        torch.linalg.LinAlgError: ``A`` contains NaN or Inf, or a singular value or the norm exceeds
+            the range of its type. In a compiled graph there is no exception: the result is NaN.
         RuntimeError: ``A`` requires grad; gradients are not defined yet. Pass ``A.detach()``.
 
     Cost: ``2 m n l`` FLOPs a sweep, ``l = rank + oversample``, and ``O((m + n) l^2 + l^3)``. Memory
-    beyond ``A``: ``2 (m + 2 n) l`` numbers for ``m >= n``.
+    beyond ``A``: ``2 (m + 2 n) l`` numbers for ``m >= n``; on the CPU up to ``m l`` more for sums,
+    on CUDA ``m l + 9 l^2`` float64 numbers, 32 MB for cuBLAS and, where ``A`` is 16-bit or has two
+    strides, 64 or 128 MB to convert it in parts.
 
     Source: Halko, Martinsson, Tropp, SIAM Review 53 (2011), sections 4.5 and 5.1; Musco and Musco,
     NIPS 2015 (block Krylov); Fukaya et al., SIAM J. Sci. Comput. 42 (2020) (CholeskyQR).
@@ -134,7 +141,8 @@ def randomized_svd(
     U, S, Vh, facts = torch.ops.structmat.randomized_svd.default(A, rank, oversample, sweeps, seed)
     if not torch.compiler.is_compiling() and not float(facts[4]):
         reason = (
-            "a singular value exceeds the range of its dtype, or the iteration did not converge"
+            "a singular value or the norm exceeds the range of its dtype, or the iteration did "
+            "not converge"
             if bool(A.isfinite().all())
             else "A contains NaN or Inf"
         )
