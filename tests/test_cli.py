@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import structmat as sm
 from structmat.cli import app, output, text
+from structmat import cli
 from structmat.cli.errors import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -257,11 +258,12 @@ def test_interrupt_cleans_up(matrix: Path, tmp_path: Path, monkeypatch: Any) -> 
     assert sorted(os.listdir(tmp_path)) == ["A.npy"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
     """A real process, stopped between opening its output and finishing it."""
     code = (
-        "import sys, time; import structmat as sm; import structmat.cli as cli\n"
+        "import signal, sys, time; import structmat as sm; import structmat.cli as cli\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whoever runs the tests may ignore it
         "sm.linalg.randomized_svd = lambda *a, **k: (print('now', flush=True), time.sleep(60))\n"
         "sys.argv = ['structmat', 'svd', 'A.npy', '--rank', '2', '-o', 'f.safetensors']\n"
         "cli.main()\n"
@@ -287,6 +289,21 @@ def test_signal_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
 
 
 # ---- compress -------------------------------------------------------------------------------
+def test_signals_the_caller_ignores_stay_ignored(monkeypatch: Any) -> None:
+    monkeypatch.setattr(cli, "app", lambda: None)
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        cli.main()
+        after = [signal.getsignal(number) for number in numbers]
+        assert after == [signal.default_int_handler, signal.SIG_IGN]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 
 
 def test_compress_makes_a_model_that_loads(model: Path, passages: Path, tmp_path: Path) -> None:

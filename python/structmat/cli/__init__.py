@@ -49,8 +49,11 @@ def _root(
 
 def main() -> None:
     """Entry point of the ``structmat`` program."""
-    # Batch systems end a job with SIGTERM: clean up then as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Batch systems end a job with SIGTERM, a terminal that closes with SIGHUP: clean up then as
+    # after Ctrl-C. What the caller had ignored, as nohup does, stays ignored.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:
+            signal.signal(ending, signal.default_int_handler)
     try:
         app()
     except KeyboardInterrupt:
