@@ -480,7 +480,7 @@ def test_compress_that_fails_leaves_nothing(
     assert result.exit_code == (130 if isinstance(error, KeyboardInterrupt) else 1)
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
-    assert os.listdir(tmp_path / "new") == []
+    assert os.listdir(tmp_path) == ["calibration.txt"]
 
 
 def test_missing_package_names_the_command(monkeypatch: Any, model: Path, tmp_path: Path) -> None:
@@ -616,3 +616,20 @@ def test_progress_only_on_a_terminal(matrix: Path, tmp_path: Path) -> None:
 
     assert "rank 2 of 60 x 40" in on_terminal("-o", str(tmp_path / "1.safetensors"))
     assert on_terminal("-o", str(tmp_path / "2.safetensors"), "--json") == ""
+def test_new_file_leaves_no_folders_behind(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+
+    def fail(target: Path) -> None:
+        with output.new_file(target) as file:
+            file.write_text("1")
+            raise RuntimeError
+
+    for target in (tmp_path / "a" / "b" / "c", tmp_path / "old" / "a" / "c", tmp_path / "old/c"):
+        with pytest.raises(RuntimeError):
+            fail(target)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+    with output.new_file(tmp_path / "a" / "b" / "c") as file:
+        file.write_text("1")
+    assert (tmp_path / "a" / "b" / "c").read_text() == "1"
+
+

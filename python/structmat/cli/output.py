@@ -4,10 +4,9 @@
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from structmat.cli.errors import UserError
+from structmat.compress.folder import replacing
 
 
 @contextmanager
@@ -27,15 +27,9 @@ def new_folder(target: Path) -> Iterator[Path]:
         OSError: nothing can be written there. Raised before the work begins.
     """
     _refuse_existing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with replacing(target, lambda _: []) as beside:
         yield beside
-        beside.chmod(0o777 & ~_umask())  # mkdtemp's is private to its owner
         _refuse_existing(target)  # made meanwhile by somebody else
-        beside.rename(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager
@@ -43,18 +37,24 @@ def new_file(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """As :func:`new_folder`, for one file. ``replace``: an older file gives way."""
     if not replace:
         _refuse_existing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(descriptor)
-    beside = Path(name)
+    missing = [parent for parent in target.parents if not parent.exists()]
+    beside = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        beside = Path(name)
+        os.close(descriptor)
         yield beside
-        beside.chmod(0o666 & ~_umask())
+        beside.chmod(0o666 & ~_umask())  # mkstemp's is private to its owner
         if not replace:
             _refuse_existing(target)
         beside.rename(target)
     finally:
-        beside.unlink(missing_ok=True)
+        if beside:
+            beside.unlink(missing_ok=True)
+        for parent in missing:
+            with suppress(OSError):  # not empty: it holds the new file
+                parent.rmdir()
 
 
 def _refuse_existing(target: Path) -> None:
