@@ -56,7 +56,7 @@ def compress(
 
     The result loads with structmat.load_pretrained(OUT), at this size or any smaller one.
     """
-    require("models", "transformers", "safetensors")
+    require("transformers", "safetensors")
     if not 0 < keep < 1:
         raise UserError(f"--keep must lie between 0 and 1, got {keep:g}")
     if calibration is None and (method is not Method.svd or ranks is Ranks.global_ or sequential):

