@@ -4,6 +4,7 @@
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 import structmat as sm
-from structmat.cli import app, output, text
 from structmat import cli
+from structmat.cli import app, output, text
 from structmat.cli.errors import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -288,7 +289,6 @@ def test_signal_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
     assert os.listdir(tmp_path) == ["A.npy"]
 
 
-# ---- compress -------------------------------------------------------------------------------
 def test_signals_the_caller_ignores_stay_ignored(monkeypatch: Any) -> None:
     monkeypatch.setattr(cli, "app", lambda: None)
     numbers = (signal.SIGTERM, signal.SIGHUP)
@@ -304,6 +304,7 @@ def test_signals_the_caller_ignores_stay_ignored(monkeypatch: Any) -> None:
             signal.signal(number, handler)
 
 
+# ---- compress -------------------------------------------------------------------------------
 
 
 def test_compress_makes_a_model_that_loads(model: Path, passages: Path, tmp_path: Path) -> None:
@@ -408,6 +409,61 @@ def test_compress_sequential_is_for_whitened(model: Path, passages: Path, tmp_pa
     assert_one_line(run("compress", model, tmp_path / "s", "--keep", 0.5, *options), "--sequential")
 
 
+def test_passages_are_lines(tmp_path: Path) -> None:
+    file = tmp_path / "c.txt"
+    file.write_bytes("\ufeffa\u2028b\r\nc\x0cd\u0085e\n\nf".encode())
+    assert text.read_passages(file) == ["a\u2028b", "c\x0cd\u0085e", "f"]
+    file = tmp_path / "c.jsonl"
+    file.write_bytes('\ufeff{"text": "a\u2028b"}\r\n{"text": "c"}\r\n'.encode())
+    assert text.read_passages(file) == ["a\u2028b", "c"]
+
+
+def without(folder: Path, copy: Path, *parts: str) -> Path:
+    """A copy of a model whose file lacks the weights with one of ``parts`` in their name."""
+    shutil.copytree(folder, copy)
+    file = copy / "model.safetensors"
+    weights = safetensors_torch.load_file(file)
+    kept = {k: v for k, v in weights.items() if not any(part in k for part in parts)}
+    assert len(kept) < len(weights)
+    safetensors_torch.save_file(kept, file, metadata={"format": "pt"})
+    return copy
+
+
+def test_compress_missing_weights(model: Path, tmp_path: Path) -> None:
+    bad = without(model, tmp_path / "bad", "layer.1.output", "pooler")
+    options = ["--keep", 0.5, "--method", "svd"]
+    result = run("compress", bad, tmp_path / "small", *options)
+    first = "encoder.layer.1.output.LayerNorm.bias, encoder.layer.1.output.LayerNorm.weight"
+    assert_one_line(result, f"{bad} has no weights for {first} (and 2 more)")
+    config = json.loads((bad / "config.json").read_text())
+    (bad / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    assert_one_line(
+        run("compress", bad, tmp_path / "small", *options), "bert.encoder.layer.1", "(and 8 more)"
+    )
+    assert os.listdir(tmp_path) == ["bad"]
+
+
+def test_compress_weights_of_another_shape(model: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(model, bad)
+    config = json.loads((bad / "config.json").read_text())
+    (bad / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    result = run("compress", bad, tmp_path / "small", "--keep", 0.5, "--method", "svd")
+    first = "encoder.layer.0.intermediate.dense.bias, encoder.layer.0.intermediate.dense.weight"
+    assert_one_line(result, f"{bad} has no weights for {first} (and 4 more)")
+    assert os.listdir(tmp_path) == ["bad"]
+
+
+def test_compress_missing_pooler_is_the_same_each_time(model: Path, tmp_path: Path) -> None:
+    bare = without(model, tmp_path / "bare", "pooler")
+    first, second = tmp_path / "1", tmp_path / "2"
+    for out in (first, second):
+        assert run("compress", bare, out, "--keep", 0.5, "--method", "svd").exit_code == 0
+        torch.rand(1)
+    name = "structmat.safetensors"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
 def test_compress_no_such_model(model: Path, passages: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
@@ -422,7 +478,9 @@ def test_compress_unknown_name_in_a_real_process(passages: Path, tmp_path: Path)
     done = program("compress", "no-such-model", out, "--keep", 0.5, "--calibration", passages)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("structmat: compress: transformers cannot load 'no-such-model'")
+    assert done.stderr.startswith(
+        "structmat: compress: transformers cannot load 'no-such-model' (no such folder here): "
+    )
     assert done.stderr.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == ["calibration.txt"]
 
@@ -571,6 +629,23 @@ def test_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_new_file_leaves_no_folders_behind(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+
+    def fail(target: Path) -> None:
+        with output.new_file(target) as file:
+            file.write_text("1")
+            raise RuntimeError
+
+    for target in (tmp_path / "a" / "b" / "c", tmp_path / "old" / "a" / "c", tmp_path / "old/c"):
+        with pytest.raises(RuntimeError):
+            fail(target)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+    with output.new_file(tmp_path / "a" / "b" / "c") as file:
+        file.write_text("1")
+    assert (tmp_path / "a" / "b" / "c").read_text() == "1"
+
+
 def test_new_folder_does_not_overwrite_what_came_meanwhile(tmp_path: Path) -> None:
     target = tmp_path / "a"
 
@@ -616,20 +691,3 @@ def test_progress_only_on_a_terminal(matrix: Path, tmp_path: Path) -> None:
 
     assert "rank 2 of 60 x 40" in on_terminal("-o", str(tmp_path / "1.safetensors"))
     assert on_terminal("-o", str(tmp_path / "2.safetensors"), "--json") == ""
-def test_new_file_leaves_no_folders_behind(tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-
-    def fail(target: Path) -> None:
-        with output.new_file(target) as file:
-            file.write_text("1")
-            raise RuntimeError
-
-    for target in (tmp_path / "a" / "b" / "c", tmp_path / "old" / "a" / "c", tmp_path / "old/c"):
-        with pytest.raises(RuntimeError):
-            fail(target)
-    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
-    with output.new_file(tmp_path / "a" / "b" / "c") as file:
-        file.write_text("1")
-    assert (tmp_path / "a" / "b" / "c").read_text() == "1"
-
-

@@ -20,8 +20,10 @@ _MAX_TOKENS = 512  # longer passages add tokens, not kinds of input
 
 def quiet_transformers() -> None:
     """No progress bars and advice from transformers: the commands have their own."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()  # else a line for every time it tries the network again
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -30,10 +32,11 @@ def load_model(name: str, device: torch.device) -> nn.Module:
     """The model of a transformers folder or name, in the architecture and dtype it was saved with.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or weights are missing.
     """
     import transformers
 
+    where = ""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -41,18 +44,35 @@ def load_model(name: str, device: torch.device) -> nn.Module:
         name = str(folder)
     elif folder.exists() or folder.is_absolute() or name.count("/") > 1 or name.startswith("."):
         raise UserError(f"no such model folder: {name}")
+    else:
+        where = " (no such folder here)"
     quiet_transformers()
+    torch.manual_seed(0)  # a pooler that was not saved is drawn anew: the same each time
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         wanted = (config.architectures or [""])[0]
         # the class it was saved as: AutoModel would drop its head
         architecture = getattr(transformers, wanted, transformers.AutoModel)
-        model: nn.Module = architecture.from_pretrained(name, dtype="auto")
+        model, found = architecture.from_pretrained(
+            name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (OSError, ValueError) as error:
         # transformers explains at length, and talks of a network where a name was mistyped
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"transformers cannot load {name!r}: {reason}") from None
+        raise UserError(f"transformers cannot load {name!r}{where}: {reason}") from None
+    _refuse_missing(name, model, found)
     return model.to(device).eval()
+
+
+def _refuse_missing(name: str, model: Any, found: dict[str, Any]) -> None:
+    """Transformers draws weights that the file lacks, or has in another shape, at random."""
+    missing = {entry if isinstance(entry, str) else entry[0] for entry in found["mismatched_keys"]}
+    missing |= set(found["missing_keys"])
+    if model.base_model is model:  # often saved without its pooler, which hidden states need not
+        missing = {key for key in missing if not key.startswith("pooler.")}
+    if missing:
+        first, more = ", ".join(sorted(missing)[:2]), len(missing) - 2
+        raise UserError(f"{name} has no weights for {first}{f' (and {more} more)' * (more > 0)}")
 
 
 def read_passages(file: Path) -> list[str]:
@@ -64,7 +84,8 @@ def read_passages(file: Path) -> list[str]:
     if not file.is_file():
         raise UserError(f"no such calibration file: {file}")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # splitlines() would also split at form feeds and U+2028, which passages may hold
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text") from None
     if file.suffix == ".jsonl":
