@@ -77,6 +77,13 @@ def program(prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_contents(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
+        licence = archive.read("structmat/lib/LICENSE.scipy-openblas32.txt").decode()
+    for part in (
+        "The OpenBLAS Project",
+        "University of Tennessee",
+        "GCC RUNTIME LIBRARY EXCEPTION",
+    ):
+        assert part in licence
     sources = (ROOT / "python").rglob("*.py")
     wanted = {str(path.relative_to(ROOT / "python")) for path in sources}
     headers = (ROOT / "csrc/include").rglob("*.h")
