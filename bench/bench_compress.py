@@ -40,7 +40,8 @@ def main() -> None:
         encoder.model_folder()
         import transformers  # noqa: F401
     except (ImportError, ValueError) as missing:
-        sys.exit(print(f"skipped: {missing}"))
+        print(f"skipped: {missing}")
+        sys.exit(77)
     import structmat as sm
 
     held_out, calibration = (20, 10) if args.tiny else (1000, 350)
