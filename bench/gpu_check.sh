@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The state of the GPU side in one command: builds the working tree, runs all CUDA tests, the
-# compute-sanitizer tools on every operator and all GPU benches; writes gpu_check.json, gpu_check.md and
+# The state of the GPU side in one command: builds the working tree, runs all CUDA tests, all GPU benches
+# and the compute-sanitizer tools on every operator; writes gpu_check.json, gpu_check.md and
 # gpu_check.log to $OUT, or to bench/out. No network is needed; docs/gpu-check.md says what is.
-# A stage that fails or runs out of time does not stop the next ones. `--cpu` runs the same stages on the
-# CPU and the emulator, with tiny benches, so that CI keeps this script working.
+# A stage that fails or runs out of time does not stop the next ones; one that ends with 77 was skipped.
+# `--cpu` runs the same stages on the CPU and the emulator, with tiny benches, so that CI keeps this
+# script working.
 set -uo pipefail
 shopt -s nullglob
 cd "$(dirname "$0")/.."
@@ -21,14 +22,15 @@ rm -rf "$work/results" "$out"/gpu_check.*
 mkdir -p "$work/results" "$out"
 exec > >(tee "$out/gpu_check.log") 2>&1
 
-# stage NAME SECONDS COMMAND...: within its own limit and what is left of the whole.
+# stage NAME SECONDS COMMAND...: within its own limit and what is left of the whole. SIGINT, so that
+# pytest still writes its results; by default a background job ignores it, and its children do.
 stage() {
   local name=$1 limit=$2 begin=$SECONDS left=$((deadline - SECONDS)) rc=124
   shift 2
   [ "$limit" -gt "$left" ] && limit=$left
   printf '\n==== %s (at most %d s)\n' "$name" "$limit"
   if [ "$limit" -gt 0 ]; then
-    timeout --kill-after=5 "$limit" "$@"
+    timeout --signal=INT --kill-after=5 "$limit" env --default-signal=INT "$@"
     rc=$?
   fi
   printf '%s\t%d\t%d\n' "$name" "$rc" $((SECONDS - begin)) >> "$work/results/stages.tsv"
@@ -38,7 +40,7 @@ stage() {
 environment() {
   "$base" --version
   uname -srm
-  git rev-parse HEAD 2> /dev/null || echo "not a git checkout"
+  echo "commit ${STRUCTMAT_COMMIT:-$(git rev-parse HEAD 2> /dev/null || echo unknown)}"
   [ "$device" = cpu ] || { nvcc --version | tail -n 2 && nvidia-smi; }
 }
 
@@ -87,6 +89,10 @@ toolkit() {
 
 sanitizer() {
   local command=("$python" tests/operations.py "$device")
+  if [ "$device" = cuda ] && ! command -v compute-sanitizer; then
+    echo "skipped: no compute-sanitizer on the PATH"
+    return 77
+  fi
   # Our kernels only: all others would take minutes. No caching allocator: it hides overruns.
   [ "$device" = cpu ] || command=(compute-sanitizer --tool "$1" --error-exitcode 1
     --kernel-name kernel_substring=structmat "${command[@]}")
@@ -101,16 +107,21 @@ bench() {
 
 export -f environment build tests toolkit sanitizer bench
 export device work base python
-stage environment 20 bash -c environment
-stage build 240 bash -c build
+# All limits but the last together are the whole less 25 s; what is most worth knowing comes first. The
+# compression of a model, the longest bench, takes what is left.
+stage environment 10 bash -c environment
+stage build 150 bash -c build
 if (cd "$work" && "$python" -c 'import structmat'); then
-  stage tests 180 bash -c tests
-  stage toolkit 40 bash -c toolkit
-  for tool in memcheck racecheck initcheck synccheck; do
-    stage "$tool" 45 bash -c "sanitizer $tool"
-  done
+  stage tests 130 bash -c tests
+  stage bench_low_rank 60 bash -c "bench bench/bench_low_rank.py"
   for file in bench/bench_*.py; do
-    stage "$(basename "$file" .py)" 90 bash -c "bench $file"
+    case $file in */bench_low_rank.py | */bench_compress.py) continue ;; esac
+    stage "$(basename "$file" .py)" 25 bash -c "bench $file"
   done
+  for tool in memcheck racecheck initcheck synccheck; do
+    stage "$tool" 20 bash -c "sanitizer $tool"
+  done
+  stage toolkit 20 bash -c toolkit
+  stage bench_compress 150 bash -c "bench bench/bench_compress.py"
 fi
 "$base" bench/gpu_report.py "$work/results" "$out" "$device"
