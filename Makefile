@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-# Everything runs from here in .venv, which the first target makes: Python >= 3.10, a C++ compiler
-# and make are needed, nvcc is used where it is. `make help` lists the targets.
+# Everything runs from here in .venv, which the first target makes: Python >= 3.10 with venv and its headers,
+# a C++20 compiler with OpenMP and make are needed, nvcc is used where it is. `make help` lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
-# The CPU build where the index has one under this name; elsewhere name an index that has:
-# TORCH_INDEX=URL. On a machine with a GPU the same name brings a CUDA build.
+# The index decides which build this is: from PyPI on Linux, the one for CUDA. TORCH_INDEX=URL names an
+# index to look in as well; of equal versions pip takes the one with a suffix, such as 2.13.0+cpu.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
@@ -54,13 +54,27 @@ clean:  ## remove what was built; keep .venv's packages
 	rm -rf build dist bench/out docs/_site demo-out $(VENV)/ready
 
 # ---- The environment ----------------------------------------------------------------------
+define CHECK_PYTHON
+import importlib.util, os, sys, sysconfig
+if sys.version_info < (3, 10):
+    sys.exit("structmat needs Python 3.10 or newer, this is " + sys.version.split()[0])
+folders = {sysconfig.get_path("include"), sysconfig.get_config_var("INCLUDEPY")}
+missing = [name for name in ("venv", "ensurepip") if not importlib.util.find_spec(name)]
+if not any(os.path.isfile(os.path.join(folder, "Python.h")) for folder in folders if folder):
+    missing.append("Python.h")
+if missing:
+    sys.exit("structmat needs " + " and ".join(missing) + " of " + sys.executable
+             + " (Debian, Ubuntu: apt install g++ make python3-venv python3-dev)")
+endef
+export CHECK_PYTHON
+
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "structmat needs Python 3.10 or newer")'
+	@$(PYTHON) -c "$$CHECK_PYTHON"
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/packages: constraints.txt | $(VENV)/bin/python
 	@echo "Installing packages into $(VENV)"
-	$(PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") "$(TORCH)"
 	$(PIP) scikit-build-core pybind11 scipy-openblas32 cmake ninja
 	@touch $@
 
