@@ -2,16 +2,16 @@
 """Compression of a whole model: choose layers, gather statistics, factor, allocate, replace."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace as changed
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import LowRankLinear
-from . import factor
-from .allocate import global_ranks, largest_rank, parameters, uniform_rank
+from .allocate import largest_rank, parameters, uniform_rank
 from .calibrate import (
     Batch,
     Calibration,
@@ -21,37 +21,19 @@ from .calibrate import (
     call_order,
     evaluating,
     modules_of,
-    moments,
     observing,
     rows,
     run,
     without_bias,
 )
-from .factor import Factors
 from .layers import Filter, Target, find_targets, replace
 from .memory import PeakMemory
+from .plan import Plan, allocate, counter, factored, make
 from .report import CompressionReport, LayerReport, attach
-from .sensitivity import Sensitivity, fisher_weights, sensitivities
 from .sequential import fit_in_sequence, placing, stages_of
 
 METHODS = ("svd", "fisher", "whitened")
 RANKS = ("uniform", "global")
-_GROUP_BYTES = 256 << 20
-
-
-@dataclass
-class _Plan:
-    """What is known of one layer until its rank is."""
-
-    target: Target
-    factors: Factors | None = None  # of global ranks, until the rank is known
-    spectrum: Tensor | None = None
-    error: Tensor | None = None  # relative output error at rank 0, 1, ...
-    loss: Tensor | None = None  # predicted change of the model's output at rank 0, 1, ...
-    rank: int | None = None
-    measured: float | None = None
-    seconds: float = 0.0
-    places: dict[str, nn.Module] = field(default_factory=dict)
 
 
 def compress(
@@ -156,18 +138,79 @@ def compress(
             some = [target for target in targets if largest_rank(*target.shape)]
             stages = stages_of(model, some, data)
         if sequential and ranks == "uniform":  # the ranks are all it takes
-            plans = [_Plan(target, rank=uniform_rank(*target.shape, keep)) for target in targets]
+            plans = [Plan(target, rank=uniform_rank(*target.shape, keep)) for target in targets]
         else:
-            plans = _factor(model, targets, data, keep, method, ranks, objective, seed, tell)
+            plans = factored(model, targets, data, keep, method, ranks, objective, seed, tell)
+            if ranks == "global":
+                allocate(plans, keep)
             for plan in plans:
                 if plan.factors is not None and not sequential:
-                    _make(plan, plan.factors)
+                    make(plan, plan.factors)
+                    plan.factors = None  # they take far more memory than the layers
         if sequential and data is not None:
             _refit(model, stages, plans, data, tell)
         elif data is not None:
             _measure(model, plans, data, tell)
         if data is not None:
             _try(model, plans, data)
+    report = _finish(model, plans, data, method, ranks, sequential, keep, seed)
+    report.seconds = time.perf_counter() - started
+    report.peak_memory = memory.bytes
+    return report
+
+
+def compress_each(
+    model: nn.Module,
+    keeps: Sequence[float],
+    *,
+    method: str = "whitened",
+    calibration: Iterable[Batch] | Callable[[], Iterable[Batch]],
+    objective: Objective | None = None,
+    filter: Filter = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[tuple[nn.Module, CompressionReport]]:
+    """``compress(model, keep, ranks="global")`` of a copy of the model for each ``keep`` in turn.
+
+    Statistics and factors, nearly all of the time, are made once; the seconds reported are those
+    until a copy is there. The model stays as it is.
+    """
+    for keep in keeps:
+        _check_options(model, keep, method, "global", False, calibration)
+    started = time.perf_counter()
+    tell = progress or (lambda stage, done, total: None)
+    with evaluating(model):
+        data = Calibration(calibration, model)
+        targets = call_order(model, find_targets(model, filter), data)
+        plans = factored(model, targets, data, 0.0, method, "global", objective, seed, tell)
+    for keep in keeps:
+        allocate(plans, keep)
+        sized = [changed(plan, places={}) for plan in plans]
+        small = deepcopy(model)
+        with evaluating(model):
+            for plan in sized:
+                if plan.factors is not None:
+                    make(plan, plan.factors)
+            _measure(model, sized, data, tell)
+        for plan in sized:  # biases of the copy's own
+            plan.places = deepcopy(plan.places)
+        report = _finish(small, sized, data, method, "global", False, keep, seed)
+        report.seconds = time.perf_counter() - started
+        yield small, report
+        started = time.perf_counter()
+
+
+def _finish(
+    model: nn.Module,
+    plans: list[Plan],
+    data: Calibration | None,
+    method: str,
+    ranks: str,
+    sequential: bool,
+    keep: float,
+    seed: int,
+) -> CompressionReport:
+    """Puts the new layers into their places, and the report on the model."""
     for plan in plans:
         replace(model, plan.places)
     layers = [_report(plan) for plan in plans]
@@ -181,8 +224,8 @@ def compress(
         layers=layers,
         calibration_hash=None if data is None else data.hash,
         tokens=0 if data is None else data.tokens,
-        seconds=time.perf_counter() - started,
-        peak_memory=memory.bytes,
+        seconds=0.0,
+        peak_memory=None,
     )
     attach(model, report)
     return report
@@ -215,144 +258,10 @@ def _check_options(
         )
 
 
-def _factor(
-    model: nn.Module,
-    targets: list[Target],
-    data: Calibration | None,
-    keep: float,
-    method: str,
-    ranks: str,
-    objective: Objective | None,
-    seed: int,
-    tell: Progress,
-) -> list[_Plan]:
-    """Factors and ranks of every layer, from the original model."""
-    plans = [_Plan(target) for target in targets]
-    open_plans = [plan for plan in plans if largest_rank(*plan.target.shape)]
-    if ranks == "uniform":
-        for plan in open_plans:
-            plan.rank = uniform_rank(*plan.target.shape, keep)
-        open_plans = [plan for plan in open_plans if plan.rank is not None]
-    done = 0
-    for group in _groups(model, open_plans, ranks):
-        chosen = [plan.target for plan in group]
-        moment: dict[Target, Tensor] = {}
-        sensitivity: dict[Target, Sensitivity] = {}
-        weights: dict[Target, Tensor] = {}
-        if data is not None:
-            moment = moments(model, chosen, data, _counter("calibrate", data.batches, tell))
-            if method == "fisher":
-                step = _counter("gradients", data.sampled(), tell)
-                weights = fisher_weights(model, chosen, data, objective, seed, step)
-            if ranks == "global":
-                own = None if method == "fisher" else objective
-                step = _counter("gradients", data.sampled(repeat=True), tell)
-                sensitivity = sensitivities(model, chosen, data, own, seed, step)
-                sensitivity = {t: s.shrunk(t.weight, moment[t]) for t, s in sensitivity.items()}
-        for plan in group:
-            begun = time.perf_counter()
-            target = plan.target
-            W = target.weight
-            factors = _closed_form(
-                W, method, moment.get(target), sensitivity.get(target), weights.get(target)
-            )
-            known = moment.pop(target) if data is not None else _identity(W)
-            error = factor.errors(W, factors, known)
-            plan.error = (error / error[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt().cpu()
-            if target in sensitivity:
-                left, right, _ = sensitivity.pop(target)
-                plan.loss = factor.errors(W, factors, right, left).cpu()
-            plan.spectrum = factors.spectrum.cpu()
-            if ranks == "global":
-                plan.factors = factors.kept(largest_rank(*target.shape), W.dtype)
-            else:
-                _make(plan, factors.balanced())
-            plan.seconds = time.perf_counter() - begun
-            done += 1
-            tell("factor", done, len(open_plans))
-    if ranks == "global":
-        _allocate(open_plans, keep)
-    return plans
-
-
-def _make(plan: _Plan, factors: Factors) -> None:
-    """The new layers, in place of the factors, which take far more memory."""
-    if plan.rank is not None:
-        plan.places = dict(plan.target.replacements(factors.head(plan.rank)))
-    plan.factors = None
-
-
-def _closed_form(
-    W: Tensor,
-    method: str,
-    moment: Tensor | None,
-    sensitivity: Sensitivity | None,
-    weights: Tensor | None,
-) -> Factors:
-    if method == "svd":
-        return factor.svd(W)
-    if method == "fisher":
-        assert weights is not None
-        return factor.fisher(W, weights)
-    assert moment is not None
-    if sensitivity is None or not sensitivity.left.any():
-        return factor.whitened(W, moment)
-    return factor.two_sided(W, sensitivity.right, sensitivity.left)
-
-
-def _allocate(plans: list[_Plan], keep: float) -> None:
-    """Global ranks; layers the output does not depend on, as an unused pooler, get uniform ones."""
-    idle = [plan for plan in plans if plan.loss is None or not plan.loss[0] > 0]
-    for plan in idle:
-        plan.rank = uniform_rank(*plan.target.shape, keep)
-    busy = [plan for plan in plans if plan not in idle]
-    losses = [plan.loss.tolist() for plan in busy if plan.loss is not None]
-    shapes = [plan.target.shape for plan in busy]
-    budget = int(keep * sum(m * n for m, n in shapes))
-    for plan, rank in zip(busy, global_ranks(shapes, losses, budget), strict=True):
-        plan.rank = rank
-
-
-def _groups(model: nn.Module, plans: list[_Plan], ranks: str) -> Iterator[list[_Plan]]:
-    """Consecutive layers whose statistics take no more than 256 MiB or a quarter of the model."""
-    bound = max(_GROUP_BYTES, sum(p.numel() * p.element_size() for p in model.parameters()) // 4)
-    group: list[_Plan] = []
-    held = 0
-    for plan in plans:
-        m, n = plan.target.shape
-        side = min(m, n)
-        size = 8 * (side * side + (m * m + side * side if ranks == "global" else 0))
-        if group and held + size > bound:
-            yield group
-            group, held = [], 0
-        group.append(plan)
-        held += size
-    if group:
-        yield group
-
-
-def _identity(W: Tensor) -> Tensor:
-    """The moment of white inputs, under which the output error is that of the weight."""
-    if factor.on_input_side(W):
-        return torch.eye(W.shape[1], dtype=torch.float64, device=W.device)
-    return W.double() @ W.double().T
-
-
-def _counter(stage: str, total: int, tell: Progress) -> Callable[[], None]:
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        tell(stage, min(done, total), total)
-
-    return step
-
-
 def _refit(
     model: nn.Module,
     stages: list[list[Target]],
-    plans: list[_Plan],
+    plans: list[Plan],
     data: Calibration,
     tell: Progress,
 ) -> None:
@@ -369,7 +278,7 @@ def _refit(
             plan.places, plan.error, plan.measured, plan.spectrum = fits[plan.target]
 
 
-def _try(model: nn.Module, plans: list[_Plan], data: Calibration) -> None:
+def _try(model: nn.Module, plans: list[Plan], data: Calibration) -> None:
     """One batch through the compressed model: some modules look into their ``nn.Linear``."""
     layers = {name: layer for plan in plans for name, layer in plan.places.items()}
     with torch.no_grad(), placing(model, layers):
@@ -383,7 +292,7 @@ def _try(model: nn.Module, plans: list[_Plan], data: Calibration) -> None:
             ) from error
 
 
-def _measure(model: nn.Module, plans: list[_Plan], data: Calibration, tell: Progress) -> None:
+def _measure(model: nn.Module, plans: list[Plan], data: Calibration, tell: Progress) -> None:
     """Relative output errors of the new layers on the calibration data."""
     by_target = {plan.target: plan for plan in plans if plan.places}
     sums = {target: [0.0, 0.0] for target in by_target}
@@ -396,7 +305,7 @@ def _measure(model: nn.Module, plans: list[_Plan], data: Calibration, tell: Prog
         sums[target][0] += difference.double().square().sum().item()
         sums[target][1] += bare.double().square().sum().item()
 
-    step = _counter("measure", data.batches, tell)
+    step = counter("measure", data.batches, tell)
     with torch.no_grad(), observing(modules_of(by_target), see):
         for batch in data:
             masks = Masks(model, batch)
@@ -406,7 +315,7 @@ def _measure(model: nn.Module, plans: list[_Plan], data: Calibration, tell: Prog
         by_target[target].measured = (difference / whole) ** 0.5 if whole else 0.0
 
 
-def _report(plan: _Plan) -> LayerReport:
+def _report(plan: Plan) -> LayerReport:
     m, n = plan.target.shape
     rank = plan.rank
     errors = [] if rank is None or plan.error is None else plan.error[: rank + 1].tolist()

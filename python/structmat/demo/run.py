@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demonstration itself: compress, compare with the original, time."""
 
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import structmat as sm
+from structmat.compress.compress import compress_each
 from structmat.demo import encoder, measure
 from structmat.demo.data import docstring_pairs
 
@@ -47,8 +49,8 @@ class Plan:
     keeps: tuple[float, ...] = (0.8, 0.6, 0.5, 0.4)
     methods: tuple[str, ...] = tuple(METHODS)
     pairs: int = 3000  # read; the first are evaluated, the next calibrate
-    evaluation_pairs: int = 300
-    calibration_pairs: int = 120
+    evaluation_pairs: int = 500
+    calibration_pairs: int = 200
     max_tokens: int = encoder.MAX_TOKENS  # of a text
     rounds: int = 7
     seed: int = 0
@@ -205,8 +207,10 @@ class _Bench:
         ]
         self.calibration_tokens = sum(int(b["attention_mask"].sum()) for b in self._batches)
         self._reference = self._embed(self._model)
-        self._saved: dict[str, Path] = {}
-        self._models: dict[tuple[str, float], nn.Module] = {}
+        self._largest: dict[str, Path] = {}  # of nested methods: holds the smaller sizes
+        self._sizes: dict[str, Iterator[tuple[nn.Module, Any]]] = {}  # of the others
+        self._networks: dict[str, nn.Module] = {}  # to be timed; values do not matter
+        self._network_of: dict[tuple[str, float], str] = {}
         self._peaks: dict[str, int] = {}  # of each network: values do not matter
         self._dense_parameters = 0
 
@@ -223,21 +227,17 @@ class _Bench:
         )
 
     def result(self, method: str, keep: float) -> Result:
-        report = None
-        nested = METHODS[method]["options"].get("ranks") != "global"
-        if nested and method in self._saved:
-            model = sm.load_pretrained(self._saved[method], keep=keep)
-        else:
-            model, _ = encoder.load_encoder()
-            report = self._compress(model, method, keep)
+        model, report = self._compressed(method, keep)
         folder = self._scratch / f"{method}-{keep:g}"
         sm.save_pretrained(model, folder)
-        self._saved.setdefault(method, folder)
-        self._models[method, keep] = model.eval()
+        file_bytes = _file_bytes(folder)
+        if self._largest.setdefault(method, folder) != folder or method in self._sizes:
+            shutil.rmtree(folder)
         if report is not None:
             self._dense_parameters = sum(layer.params_before for layer in report.layers)
         embeddings = self._embed(model)
-        network = _network(model)
+        network = self._network_of[method, keep] = _network(model)
+        self._networks.setdefault(network, model)
         if network not in self._peaks:
             self._peaks[network] = measure.peak_bytes(model)
         cosine = encoder.cosine(embeddings, self._reference)
@@ -250,7 +250,7 @@ class _Bench:
             keep=keep,
             kept=1 - removed / self._dense_parameters,
             parameters=parameters,
-            file_bytes=_file_bytes(folder),
+            file_bytes=file_bytes,
             peak_bytes=self._peaks[network],
             cosine_mean=cosine.mean().item(),
             cosine_p05=cosine.quantile(0.05).item(),
@@ -262,7 +262,7 @@ class _Bench:
 
     def time_all(self, original: Original, results: list[Result], steps: _Steps) -> None:
         # uniform ranks make the same network whatever the method: timed once
-        networks = {_network(model): model for model in [self._model, *self._models.values()]}
+        networks = {_network(self._model): self._model, **self._networks}
         for shape in measure.SHAPES:
             name = measure.shape_name(shape)
             with steps(f"timing {shape[0]} x {shape[1]} tokens"):
@@ -270,27 +270,27 @@ class _Bench:
             dense = times[_network(self._model)]
             original.latency_ms[name] = 1e3 * statistics.median(dense)
             for result in results:
-                own = times[_network(self._models[result.method, result.keep])]
+                own = times[self._network_of[result.method, result.keep]]
                 result.latency_ms[name] = 1e3 * statistics.median(own)
                 result.speedup[name] = measure.speedup(dense, own)
 
-    def _compress(self, model: nn.Module, method: str, keep: float) -> Any:
+    def _compressed(self, method: str, keep: float) -> tuple[nn.Module, Any]:
+        """A model, and the report where it was not taken out of a larger file."""
+        if method in self._largest and method not in self._sizes:
+            return sm.load_pretrained(self._largest[method], keep=keep).eval(), None
         options = dict(METHODS[method]["options"])
-        batches = self._batches
+        options |= {"seed": self._plan.seed, "filter": "encoder.*"}  # embeddings know no pooler
+        options["calibration"] = self._batches
         if method == "fisher":
-            options["objective"] = contrastive_loss
-            batches = self._paired_batches
-        if options.get("ranks") == "global":
+            options |= {"objective": contrastive_loss, "calibration": self._paired_batches}
+        if options.pop("ranks", "uniform") == "global":
             options["objective"] = encoder.embeddings_of
-        # the pooler is no part of the embeddings
-        return sm.compress(
-            model,
-            keep,
-            calibration=batches,
-            filter="encoder.*",
-            seed=self._plan.seed,
-            **options,
-        )
+            keeps = sorted(self._plan.keeps, reverse=True)
+            if method not in self._sizes:
+                self._sizes[method] = compress_each(self._model, keeps, **options)
+            return next(self._sizes[method])
+        model, _ = encoder.load_encoder()
+        return model, sm.compress(model, keep, **options)
 
     def _embed(self, model: nn.Module) -> Tensor:
         return encoder.embed(model, self._tokenizer, self._texts, max_tokens=self._plan.max_tokens)
