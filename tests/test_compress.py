@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 import structmat as sm  # noqa: E402
 from structmat.compress import factor  # noqa: E402
 from structmat.compress.allocate import global_ranks, largest_rank, uniform_rank  # noqa: E402
+from structmat.compress.compress import compress_each  # noqa: E402
 
 DOUBLE = torch.float64
 
@@ -219,6 +220,27 @@ def test_padding_does_not_count(ranks: str) -> None:
         x, y = a.get_submodule(name), b.get_submodule(name)
         assert x.rank == y.rank
         torch.testing.assert_close(dense(x), dense(y), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["whitened", "fisher", "svd"])
+def test_several_sizes_at_once_are_those_one_by_one(method: str) -> None:
+    model, data = bert(), batches()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options: dict[str, Any] = {"method": method, "calibration": data}
+    if method == "fisher":
+        options["objective"] = lambda output, batch: output.last_hidden_state.square().sum()
+    sizes = compress_each(model, [0.7, 0.4], **options)
+    for keep, (small, report) in zip([0.7, 0.4], sizes, strict=True):
+        alone = bert()
+        expected = sm.compress(alone, keep, ranks="global", **options)
+        assert [x.rank for x in report.layers] == [x.rank for x in expected.layers]
+        for got, want in zip(report.layers, expected.layers, strict=True):
+            assert got.measured_error == pytest.approx(want.measured_error)
+        for (name, got), want in zip(small.named_parameters(), alone.parameters(), strict=True):
+            assert torch.equal(got, want), name
+            assert got.requires_grad
+            assert all(got is not p for p in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_same_seed_same_bytes() -> None:
