@@ -36,6 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         from structmat.demo import data, encoder
+        from structmat.demo.run import contrastive_loss
 
         encoder.model_folder()
         import transformers  # noqa: F401
@@ -51,6 +52,10 @@ def main() -> None:
     documents = [document for _, document in pairs[:held_out]]
     model, tokenizer = encoder.load_encoder(args.device)
     batches = encoder.tokenize(tokenizer, texts, device=args.device)
+    paired = [  # for a loss without labels: each query's own document against the others'
+        encoder.tokenize(tokenizer, [q for q, _ in p] + [d for _, d in p], device=args.device)[0]
+        for p in (pairs[-calibration:][i : i + 16] for i in range(0, calibration, 16))
+    ]
     reference = encoder.embed(model, tokenizer, queries + documents)
     recall = encoder.retrieval(reference[:held_out], reference[held_out:])
     rows = [{"setting": "original", "keep": 1.0, "recall@1": recall[0], "recall@10": recall[1]}]
@@ -58,16 +63,12 @@ def main() -> None:
     for keep in [0.5] if args.tiny else args.keep:
         for options in SETTINGS + (SEQUENTIAL if args.sequential or args.tiny else []):
             model, _ = encoder.load_encoder(args.device)
-
-            def objective(output, batch, options=options):
-                found = encoder.embeddings_of(output, batch)
-                return found.sum() if options["method"] == "fisher" else found
-
+            fisher = options["method"] == "fisher"
             report = sm.compress(
                 model,
                 keep,
-                calibration=None if options["method"] == "svd" else batches,
-                objective=objective,
+                calibration=paired if fisher else batches,
+                objective=contrastive_loss if fisher else encoder.embeddings_of,
                 filter="encoder.*",
                 **options,
             )
