@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """sm.linalg.randomized_svd against torch.svd_lowrank(q=rank + 10, niter=2) and scikit-learn.
 
-python bench/bench_svd.py [--device cuda] [--tiny] [--json FILE]
+python bench/bench_svd.py [--device cuda] [--tiny] [--accuracy] [--json FILE]
 Singular values i^-1/2. ratio: their time over ours. excess: the relative Frobenius error over that
 of the best matrix of this rank, minus 1. share: the time of the measured roofline for our products
-with A, over ours.
+with A, over ours. --accuracy: the excess by number of sweeps for several spectra instead.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def row(m: int, n: int, k: int, args: Any, roofline: Roofline) -> dict[str, Any]
         excess[name] = float((A - (U * S) @ Vh).double().norm()) / best - 1
     assert excess["structmat"] <= 1.01 * excess["torch"] + 1e-6, excess
     # As host code on the GPU too: torch's waits for the device, so it cannot be a graph.
-    seconds = measure(functions, "cpu", budget=6, tiny=args.tiny)
+    seconds = measure(functions, "cpu", budget=6, tiny=args.tiny, settle=0.1)
     sweeps = sm.linalg.randomized_svd(A, k).info.sweeps
     flops = 2 * m * n * (k + 8) * sweeps
     floor = roofline.floor(flops, 4 * m * n * sweeps, torch.float32)
@@ -82,9 +82,51 @@ def row(m: int, n: int, k: int, args: Any, roofline: Roofline) -> dict[str, Any]
     }
 
 
+SWEEPS = (2, 3, 4, 5, 6, 7)
+
+
+def accuracy(m: int, n: int, k: int, device: str) -> list[dict[str, Any]]:
+    """The largest excess error of three seeds, in double precision, by spectrum and sweeps."""
+    i = torch.arange(1, n + 1, dtype=torch.float64, device=device)
+    spectra = {
+        "i^-1/2": i**-0.5,
+        "1/i": 1 / i,
+        "i^-2": i**-2,
+        "exp(-i/20)": torch.exp(-i / 20),
+        "flat": torch.ones_like(i),
+    }
+    left, right = (
+        torch.linalg.qr(torch.randn(size, n, dtype=torch.float64, device=device)).Q
+        for size in (m, n)
+    )
+    rows = []
+    for name, sigma in spectra.items():
+        A, best = (left * sigma) @ right.T, float(sigma[k:].norm())
+
+        def excess(factors: Factors, A: torch.Tensor = A, best: float = best) -> float:
+            U, S, Vh = factors
+            return float((A - (U * S) @ Vh).norm()) / best - 1
+
+        found: dict[str, Any] = {"singular values": name}
+        for sweeps in SWEEPS:
+            found[f"{sweeps} sweeps"] = max(
+                excess(sm.linalg.randomized_svd(A, k, sweeps=sweeps, seed=seed))
+                for seed in range(3)
+            )
+        found["torch niter=2"] = excess(contenders(A, k)["torch"]())
+        rows.append(found)
+        print("| " + " | ".join(v if isinstance(v, str) else f"{v:.1e}" for v in found.values()))
+    return rows
+
+
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    options.add_argument("--accuracy", action="store_true", help="errors instead of times")
+    args = options.parse_args()
     start(args)
+    if args.accuracy:
+        size = (60, 40, 5) if args.tiny else (2000, 1000, 50)
+        return write(args, "svd_accuracy", accuracy(*size, args.device))
     roofline = Roofline(args.device, args.tiny)
     rows = []
     for size in SIZES["tiny" if args.tiny else args.device]:

@@ -93,9 +93,17 @@ def _seconds_cpu(contender: Contender) -> float:
 
 
 def measure(
-    contenders: dict[str, Contender], device: str, budget: float = 0.6, tiny: bool = False
+    contenders: dict[str, Contender],
+    device: str,
+    budget: float = 0.6,
+    tiny: bool = False,
+    settle: float = 0.0,
 ) -> dict[str, float]:
-    """Median seconds of each contender, their runs alternating, for `budget` seconds in all."""
+    """Median seconds of each contender, their runs alternating, for `budget` seconds in all.
+
+    settle: seconds to wait before each run, where contenders bring threads of their own: those of
+    the one before spin for some 50 ms, which made the next up to 3 times as slow.
+    """
     if device == "cuda":
         contenders = {name: _captured(c) for name, c in contenders.items()}
         once = max(_seconds_cuda(c, 2) for c in contenders.values())
@@ -112,6 +120,7 @@ def measure(
         time.perf_counter() < end and len(times[next(iter(times))]) < rounds[1]
     ):
         for name, timer in timers.items():
+            time.sleep(settle)
             times[name].append(timer())
     return {name: statistics.median(t) for name, t in times.items()}
 
