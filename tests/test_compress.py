@@ -598,5 +598,10 @@ def test_calls_that_are_mistakes() -> None:
         sm.compress(nn.Sequential(nn.ReLU()), 0.5, method="svd")
     with pytest.raises(ValueError, match="from_linear"):
         sm.compress(nn.Linear(16, 16), 0.5, method="svd")
+    for patterns in (["0", "mistyped.*"], (name for name in ("0", "mistyped.*")), "mistyped.*"):
+        with pytest.raises(ValueError, match=r"no layer matched filter 'mistyped\.\*'"):
+            sm.compress(make(), 0.5, method="svd", filter=patterns)
+    with pytest.raises(ValueError, match="no layer passed filter"):
+        sm.compress(make(), 0.5, method="svd", filter=lambda name, module: False)
     with torch.inference_mode():
         sm.compress(make(), torch.tensor(0.5).numpy()[()], calibration=[torch.randn(8, 16)])

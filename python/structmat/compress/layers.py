@@ -88,12 +88,17 @@ def find_targets(model: nn.Module, filter: Filter) -> list[Target]:
         ValueError: no layer chosen; a chosen layer has hooks; a chosen weight is also used
             elsewhere (as an embedding, say), or has NaN or Inf.
     """
+    if filter is not None and not callable(filter):
+        filter = [filter] if isinstance(filter, str) else list(filter)
     chosen = _matcher(filter)
     places: dict[Hashable, dict[str, nn.Module]] = defaultdict(dict)
     for name, module in model.named_modules(remove_duplicate=False):
         if name and is_linear(module) and chosen(name, module):  # the top module has no place
             _check_plain(name, module)
             places[_identity(weight_of(module))][name] = module
+    for pattern in filter if isinstance(filter, list) else []:
+        if not any(fnmatchcase(name, pattern) for found in places.values() for name in found):
+            raise ValueError(f"compress: no layer matched filter {pattern!r}")
     users: dict[Hashable, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users[_identity(parameter)].append(name)
@@ -118,7 +123,7 @@ def find_targets(model: nn.Module, filter: Filter) -> list[Target]:
         targets.append(target)
     if not targets:
         raise ValueError(
-            f"compress: no layer matched filter {filter!r}"
+            "compress: no layer passed filter"
             if filter is not None
             else "compress: the model contains no nn.Linear or Conv1D"
         )
@@ -160,10 +165,11 @@ def put(model: nn.Module, layers: dict[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), leaf, layer)
 
 
-def _matcher(filter: Filter) -> Callable[[str, nn.Module], bool]:
+def _matcher(
+    filter: list[str] | Callable[[str, nn.Module], bool] | None,
+) -> Callable[[str, nn.Module], bool]:
     if filter is None:
         return lambda name, module: True
     if callable(filter):
         return filter
-    patterns = [filter] if isinstance(filter, str) else list(filter)
-    return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
+    return lambda name, module: any(fnmatchcase(name, pattern) for pattern in filter)
