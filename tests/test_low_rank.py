@@ -21,6 +21,7 @@ SIZES = [
     (5, 7, 0, 3),
     (5, 0, 9, 3),
     (8, 70, 1100, 12),
+    (13, 70, 110, 39),
     (300, 100, 70, 40),
 ]
 
@@ -62,6 +63,16 @@ def test_gradients(backend: Backend, dtype: torch.dtype, size: tuple[int, ...]) 
     _, want = gradients(reference.low_rank_linear, args, dy)
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, dtype, terms=sum(size), scale=_scale(b))
+
+
+@pytest.mark.parametrize("tokens", [2, 1100])
+def test_results_of_some_megabytes(tokens: int) -> None:
+    args = arguments((tokens, 1100, 1030, 1024), torch.float32, "cpu", requires_grad=True)
+    y = sm.ops.low_rank_linear(*args)
+    dy = make(*y.shape)
+    want_y, want = gradients(reference.low_rank_linear, args, dy)
+    for a, b in zip((y, *torch.autograd.grad(y, args, dy)), (want_y, *want), strict=True):
+        assert_close(a, b, terms=2200, scale=_scale(b))
 
 
 @pytest.mark.parametrize("wanted", list(product([False, True], repeat=4))[1:], ids=str)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// For few rows of A: C (m, n) = A B^T + bias (few_rows) and C = A B (few_rows_by_rows). The time is
-// that of reading B once, as it lies in memory. Each element is summed in one order: no tiling or
-// thread changes a bit. For files under structmat_simd_sources (everything is in an anonymous
-// namespace).
+// For few rows of A: C (m, n) = A B^T + bias (few_rows), C = A B (by_rows_range), and for few rows
+// of A and B C = A^T B (outer_range). The time is that of reading B or writing C once, as it lies
+// in memory. Each element is summed in one order: no tiling or thread changes a bit. For files
+// under structmat_simd_sources (everything is in an anonymous namespace).
 #pragma once
 #include <algorithm>
 
@@ -161,42 +161,104 @@ inline void add_rows(const S* a, std::int64_t a_stride, const T* b, std::int64_t
   }
 }
 
-// C (m, n) = A B with B (k, n): whole rows of B are read, several at a time.
+// Columns [j0, j1) of C (m, n) = A B with B (k, n): whole rows of B are read, several at a time.
 template <class S, class T, class TC>
-void few_rows_by_rows(const Context& context, std::int64_t m, std::int64_t n, std::int64_t k,
-                      const S* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, TC* c,
-                      std::int64_t c_stride) {
-  if (m == 0 || n == 0) return;
+void by_rows_range(std::int64_t m, std::int64_t k, const S* a, std::int64_t a_stride, const T* b,
+                   std::int64_t b_stride, TC* c, std::int64_t c_stride, std::int64_t j0,
+                   std::int64_t j1) {
+  static thread_local Scratch memory;
   // Some rows of B and m of C at a time stay in the level-1 cache.
   const std::int64_t columns = m <= 4 ? 1024 : 256;
-  const std::int64_t tasks =
-      few_rows_tasks(context, m, n * k, n * k * static_cast<std::int64_t>(sizeof(T)));
-  const std::int64_t step = ceil_div(ceil_div(n, 32), tasks) * 32;
-  parallel_for(context, ceil_div(n, step), [&](std::int64_t task) {
-    static thread_local Scratch memory;
-    S* const sums = memory.get<S>(m * columns);
-    const std::int64_t end = std::min(n, (task + 1) * step);
-    for (std::int64_t j = task * step; j < end; j += columns) {
-      const std::int64_t cols = std::min(columns, end - j);
-      std::fill_n(sums, m * columns, S{0});
-      const auto add = [&](auto depth, std::int64_t p) {
-        constexpr int d = decltype(depth)::value;
-        const T* rows = b + p * b_stride + j;
-        std::int64_t t = 0;
-        for (; t + 4 <= m; t += 4)
-          add_rows<S, T, 4, d>(a + t * a_stride + p, a_stride, rows, b_stride, sums + t * columns,
-                               columns, cols);
-        for (; t < m; ++t)
-          add_rows<S, T, 1, d>(a + t * a_stride + p, a_stride, rows, b_stride, sums + t * columns,
-                               columns, cols);
-      };
-      std::int64_t p = 0;
-      for (; m < 4 && p + 8 <= k; p += 8) add(std::integral_constant<int, 8>(), p);
-      for (; p + 4 <= k; p += 4) add(std::integral_constant<int, 4>(), p);
-      for (; p < k; ++p) add(std::integral_constant<int, 1>(), p);
-      for (std::int64_t t = 0; t < m; ++t) convert(sums + t * columns, c + t * c_stride + j, cols);
+  S* const sums = memory.get<S>(m * columns);
+  for (std::int64_t j = j0; j < j1; j += columns) {
+    const std::int64_t cols = std::min(columns, j1 - j);
+    std::fill_n(sums, m * columns, S{0});
+    const auto add = [&](auto depth, std::int64_t p) {
+      constexpr int d = decltype(depth)::value;
+      const T* rows = b + p * b_stride + j;
+      std::int64_t t = 0;
+      for (; t + 4 <= m; t += 4)
+        add_rows<S, T, 4, d>(a + t * a_stride + p, a_stride, rows, b_stride, sums + t * columns,
+                             columns, cols);
+      for (; t < m; ++t)
+        add_rows<S, T, 1, d>(a + t * a_stride + p, a_stride, rows, b_stride, sums + t * columns,
+                             columns, cols);
+    };
+    std::int64_t p = 0;
+    for (; m < 4 && p + 8 <= k; p += 8) add(std::integral_constant<int, 8>(), p);
+    for (; p + 4 <= k; p += 4) add(std::integral_constant<int, 4>(), p);
+    for (; p < k; ++p) add(std::integral_constant<int, 1>(), p);
+    for (std::int64_t t = 0; t < m; ++t) convert(sums + t * columns, c + t * c_stride + j, cols);
+  }
+}
+
+#if defined(__AVX512F__)
+constexpr int kOuterVecs = 4;  // 16 sums, 4 vectors of B and 1 of A in 32 registers
+#else
+constexpr int kOuterVecs = 2;
+#endif
+constexpr int kOuterRows = 4;
+
+// c (kRows, live) = sum over k rows: a[t, i] b[t, :]; live is kVecs vectors, or less than one.
+template <class S, class TC, int kRows, int kVecs>
+inline void outer_tile(std::int64_t k, const S* a, std::int64_t a_stride, const S* b,
+                       std::int64_t b_stride, TC* c, std::int64_t c_stride, int live) {
+  constexpr int w = kLanes<S>, width = kVecs * w;
+  Vec<S> sum[kRows][kVecs] = {};
+  for (std::int64_t t = 0; t < k; ++t) {
+    Vec<S> row[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v)
+      row[v] =
+          live < w ? load_wide_part<S>(b + t * b_stride, live) : load(b + t * b_stride + v * w);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const Vec<S> value = broadcast(a[t * a_stride + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sum[i][v] = fma(value, row[v], sum[i][v]);
     }
-  });
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    if (std::is_same_v<S, TC> && live == width) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v)
+        store(reinterpret_cast<S*>(c + i * c_stride) + v * w, sum[i][v]);
+    } else {
+      S line[width];
+      for (int v = 0; v < kVecs; ++v) store(line + v * w, sum[i][v]);
+      convert(line, c + i * c_stride, live);
+    }
+  }
+}
+
+// Rows [i0, i1) of C (m, n) = A^T B with A (k, m), B (k, n). Nothing is packed: a part of B that
+// stays in the level-1 cache meets all rows of C.
+template <class S, class TC>
+void outer_range(std::int64_t k, std::int64_t n, const S* a, std::int64_t a_stride, const S* b,
+                 std::int64_t b_stride, TC* c, std::int64_t c_stride, std::int64_t i0,
+                 std::int64_t i1) {
+  constexpr int w = kLanes<S>, width = kOuterVecs * w;
+  const std::int64_t columns =
+      std::max<std::int64_t>((24 << 10) / sizeof(S) / std::max<std::int64_t>(k, 1) / width, 1) *
+      width;
+  for (std::int64_t j0 = 0; j0 < n; j0 += columns) {
+    const std::int64_t j1 = std::min(n, j0 + columns);
+    const auto rows = [&](auto count, std::int64_t i) {
+      constexpr int height = decltype(count)::value;
+      std::int64_t j = j0;
+      for (; j + width <= j1; j += width)
+        outer_tile<S, TC, height, kOuterVecs>(k, a + i, a_stride, b + j, b_stride,
+                                              c + i * c_stride + j, c_stride, width);
+      for (; j < j1; j += w)
+        outer_tile<S, TC, height, 1>(k, a + i, a_stride, b + j, b_stride, c + i * c_stride + j,
+                                     c_stride, static_cast<int>(std::min<std::int64_t>(w, j1 - j)));
+    };
+    std::int64_t i = i0;
+    for (; i + kOuterRows <= i1; i += kOuterRows)
+      rows(std::integral_constant<int, kOuterRows>(), i);
+    for (; i < i1; ++i) rows(std::integral_constant<int, 1>(), i);
+  }
 }
 
 }  // namespace
