@@ -62,8 +62,6 @@ struct LowRank {
 
   static void forward(const Context& context, ConstMatrixView x, ConstMatrixView u,
                       ConstMatrixView v, const T* bias, MatrixView y, MatrixView hidden) {
-    expect_writes(y);
-    expect_writes(hidden);
     if (x.rows <= kFewTokens) return few_tokens(context, x, u, v, bias, y, hidden);
     static thread_local Scratch h_memory;
     const std::int64_t n = x.cols, m = u.rows, r = u.cols, block = token_block(r);
@@ -161,9 +159,6 @@ struct LowRank {
   static void backward(const Context& context, ConstMatrixView dy, ConstMatrixView x,
                        ConstMatrixView u, ConstMatrixView v, ConstMatrixView hidden,
                        const LowRankGradients& grads) {
-    expect_writes(grads.x);
-    expect_writes(grads.u);
-    expect_writes(grads.v);
     if (dy.rows <= kFewTokens) return few_tokens_backward(context, dy, x, u, v, hidden, grads);
     static thread_local Scratch dh_memory;
     Scratch large;  // what is sized by the number of tokens goes when the call ends
@@ -213,11 +208,6 @@ struct LowRank {
         column_sums(dy, cols.begin, cols.end, static_cast<T*>(grads.bias.data));
       });
     }
-  }
-
-  static void expect_writes(const MatrixView& a) {
-    if (a.data != nullptr && a.row_stride == a.cols)
-      structmat::expect_writes(a.data, static_cast<std::size_t>(a.rows * a.cols) * sizeof(T));
   }
 
   // Columns [j0, j1). Blocks of tokens are summed apart: the rounding grows with their number's
