@@ -37,7 +37,12 @@ def machine(device: str) -> dict[str, str]:
     }
 
 
-WORDS = {"0": "passed", "77": "skipped", "124": "ran out of time", "137": "killed: out of time"}
+WORDS = {
+    "0": "passed",
+    "77": "skipped",
+    "124": "ran out of time",
+    "137": "killed: out of time or memory",
+}
 
 
 def stages(path: Path) -> list[dict[str, Any]]:

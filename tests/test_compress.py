@@ -243,6 +243,18 @@ def test_several_sizes_at_once_are_those_one_by_one(method: str) -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_several_sizes_at_once_share_biases_and_fail_alike() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+    model[2].bias = model[0].bias
+    data = [torch.randn(64, 16)]
+    [(small, _)] = compress_each(model, [0.5], calibration=data)
+    assert small[2].bias is small[0].bias
+    assert small[0].bias is not model[0].bias
+    for keeps in ([0.5, 1.5], [0.5, 0.001]):
+        with pytest.raises(ValueError, match="keep"):
+            compress_each(model, keeps, calibration=data)
+
+
 def test_same_seed_same_bytes() -> None:
     states = []
     for _ in range(2):

@@ -42,7 +42,7 @@ def test_words(tmp_path: Path) -> None:
         "passed",
         "skipped",
         "ran out of time",
-        "killed: out of time",
+        "killed: out of time or memory",
         "failed, status 3",
     ]
     assert found["tests"]["failed"] == {"t::b": "no"}

@@ -193,6 +193,28 @@ def test_transforms_and_forward_mode(requires_grad: bool) -> None:
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_graphs_that_outlive_the_process_have_gradients(tmp_path) -> None:
+    layer = sm.nn.LowRankLinear(8, 6, 3)
+    x = torch.randn(4, 8)
+    want = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    exported = torch.export.export(layer, (x,)).module()
+    traced = torch.jit.trace(layer, (x,))
+    torch.jit.save(traced, tmp_path / "layer.pt")
+    for graph in (exported, traced, torch.jit.load(tmp_path / "layer.pt")):
+        parameters = dict(graph.named_parameters())
+        chosen = [parameters[name] for name, _ in layer.named_parameters()]
+        got = torch.autograd.grad(graph(x).square().sum(), chosen)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_transforms_check_arguments() -> None:
+    x, U, V, _ = arguments((6, 5, 7, 3), torch.float64, "cpu")
+    with pytest.raises(TypeError, match=r"x is torch\.int64"):
+        torch.func.vmap(sm.ops.low_rank_linear, (0, None, None))(x.long(), U.long(), V.long())
+
+
 def test_a_factor_that_no_gradient_needs_may_change() -> None:
     x, U, V, b = arguments((6, 5, 7, 3), torch.float64, "cpu")
     y = sm.ops.low_rank_linear(x, U.requires_grad_(), V, b)

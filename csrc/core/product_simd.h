@@ -280,9 +280,11 @@ void multiply_range(const Product<TA, TB, TC>& g, std::int64_t i0, std::int64_t 
   // Sums between slabs, or to be transposed: in C itself, or here.
   const bool one_slab = g.k <= kSlab;
   const std::int64_t sum_stride = one_slab ? tile : ceil_div(j1 - j0, width) * width;
+  const std::int64_t numbers = (i1 - i0 + w) * sum_stride;
+  Scratch large;  // goes when the call ends
   S* const sums = direct || (one_slab && !g.c_transposed)
                       ? nullptr
-                      : sum_memory.get<S>((i1 - i0 + kLanes<S>)*sum_stride);
+                      : (numbers > (std::int64_t{4} << 20) ? large : sum_memory).get<S>(numbers);
   alignas(64) S edge[kMicroRows * width] = {};
   alignas(64) S bias[kColumnTile<S>];
 

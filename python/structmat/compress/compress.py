@@ -2,7 +2,7 @@
 """Compression of a whole model: choose layers, gather statistics, factor, allocate, replace."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace as changed
 from numbers import Real
@@ -26,7 +26,7 @@ from .calibrate import (
     run,
     without_bias,
 )
-from .layers import Filter, Target, find_targets, replace
+from .layers import Filter, Target, bias_of, find_targets, replace
 from .memory import PeakMemory
 from .plan import Plan, allocate, counter, factored, make
 from .report import CompressionReport, LayerReport, attach
@@ -95,9 +95,10 @@ def compress(
 
     Raises:
         ValueError: an option out of range; calibration missing, empty or not reaching a layer; no
-            layer chosen; a chosen weight tied to a layer that stays; NaN or Inf in weights,
-            activations or gradients; no loss for ``fisher``; a function's batches run out or differ
-            in number; the compressed model fails on the first batch. The model is then as it was.
+            layer chosen, or none by one of the patterns; a chosen weight tied to a layer that
+            stays; NaN or Inf in weights, activations or gradients; no loss for ``fisher``; a
+            function's batches run out or differ in number; the compressed model fails on the first
+            batch. The model is then as it was.
         TypeError: calibration is a single batch or holds texts.
 
     Cost: the data is read once for its hash, run once for the moments of each group of layers and
@@ -169,11 +170,11 @@ def compress_each(
     filter: Filter = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Iterator[tuple[nn.Module, CompressionReport]]:
-    """``compress(model, keep, ranks="global")`` of a copy of the model for each ``keep`` in turn.
+) -> list[tuple[nn.Module, CompressionReport]]:
+    """``compress(model, keep, ranks="global")`` of a copy of the model for each ``keep``.
 
-    Statistics and factors, nearly all of the time, are made once; the seconds reported are those
-    until a copy is there. The model stays as it is.
+    Statistics and factors, nearly all of the time, are made once: the first report's seconds have
+    them. The model stays as it is.
     """
     for keep in keeps:
         _check_options(model, keep, method, "global", False, calibration)
@@ -183,21 +184,25 @@ def compress_each(
         data = Calibration(calibration, model)
         targets = call_order(model, find_targets(model, filter), data)
         plans = factored(model, targets, data, 0.0, method, "global", objective, seed, tell)
-    for keep in keeps:
+    results = []
+    for keep in map(float, keeps):
         allocate(plans, keep)
         sized = [changed(plan, places={}) for plan in plans]
-        small = deepcopy(model)
         with evaluating(model):
             for plan in sized:
                 if plan.factors is not None:
                     make(plan, plan.factors)
             _measure(model, sized, data, tell)
-        for plan in sized:  # biases of the copy's own
-            plan.places = deepcopy(plan.places)
+            _try(model, sized, data)
+        small = deepcopy(model)
+        for plan in sized:  # the copy's own biases, shared as in the model
+            for name, layer in plan.places.items():
+                layer.bias = bias_of(small.get_submodule(name))  # type: ignore[assignment]
         report = _finish(small, sized, data, method, "global", False, keep, seed)
         report.seconds = time.perf_counter() - started
-        yield small, report
+        results.append((small, report))
         started = time.perf_counter()
+    return results
 
 
 def _finish(

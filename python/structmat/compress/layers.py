@@ -85,8 +85,8 @@ def find_targets(model: nn.Module, filter: Filter) -> list[Target]:
     """The chosen layers in the order of ``model.named_modules()``, grouped by weight.
 
     Raises:
-        ValueError: no layer chosen; a chosen layer has hooks; a chosen weight is also used
-            elsewhere (as an embedding, say), or has NaN or Inf.
+        ValueError: no layer chosen, or none by one of the patterns; a chosen layer has hooks; a
+            chosen weight is also used elsewhere (as an embedding, say), or has NaN or Inf.
     """
     if filter is not None and not callable(filter):
         filter = [filter] if isinstance(filter, str) else list(filter)

@@ -5,7 +5,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,9 @@ class Result:
     recall_at_10: float
     latency_ms: dict[str, float] = field(default_factory=dict)
     speedup: dict[str, float] = field(default_factory=dict)
-    compress_seconds: float | None = None  # None: taken from the larger file of the same method
+    # None: taken from the larger file of the same method. Of global ranks the largest size has the
+    # time of the factors, which the others share.
+    compress_seconds: float | None = None
     layers: list[dict[str, Any]] | None = None  # likewise
 
 
@@ -208,7 +210,7 @@ class _Bench:
         self.calibration_tokens = sum(int(b["attention_mask"].sum()) for b in self._batches)
         self._reference = self._embed(self._model)
         self._largest: dict[str, Path] = {}  # of nested methods: holds the smaller sizes
-        self._sizes: dict[str, Iterator[tuple[nn.Module, Any]]] = {}  # of the others
+        self._sizes: dict[str, list[tuple[nn.Module, Any]]] = {}  # of the others
         self._networks: dict[str, nn.Module] = {}  # to be timed; values do not matter
         self._network_of: dict[tuple[str, float], str] = {}
         self._peaks: dict[str, int] = {}  # of each network: values do not matter
@@ -288,7 +290,7 @@ class _Bench:
             keeps = sorted(self._plan.keeps, reverse=True)
             if method not in self._sizes:
                 self._sizes[method] = compress_each(self._model, keeps, **options)
-            return next(self._sizes[method])
+            return self._sizes[method].pop(0)
         model, _ = encoder.load_encoder()
         return model, sm.compress(model, keep, **options)
 

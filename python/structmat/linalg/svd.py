@@ -119,12 +119,13 @@ def randomized_svd(
         ValueError: ``A`` is empty or has not 2 dimensions; rank, oversample, sweeps or seed is out
             of range.
         torch.linalg.LinAlgError: ``A`` contains NaN or Inf, or a singular value or the norm exceeds
-            the range of its type. In a compiled graph there is no exception: the result is NaN.
+            the range of its type. In a compiled or captured graph there is no exception: the result
+            is NaN.
         RuntimeError: ``A`` requires grad; gradients are not defined yet. Pass ``A.detach()``.
 
     Cost: ``2 m n l`` FLOPs a sweep, ``l = rank + oversample``, and ``O((m + n) l^2 + l^3)``. Memory
     beyond ``A``: ``2 (m + 2 n) l`` numbers for ``m >= n``; on the CPU up to ``m l`` more for sums,
-    on CUDA ``m l + 9 l^2`` float64 numbers, 32 MB for cuBLAS and, where ``A`` is 16-bit or has two
+    on CUDA ``m l + 24 l^2`` float64 numbers, 32 MB for cuBLAS and, where ``A`` is 16-bit or has two
     strides, 64 or 128 MB to convert it in parts.
 
     Source: Halko, Martinsson, Tropp, SIAM Review 53 (2011), sections 4.5 and 5.1; Musco and Musco,
@@ -139,7 +140,10 @@ def randomized_svd(
     """
     _check(A, rank, oversample, sweeps, seed)
     U, S, Vh, facts = torch.ops.structmat.randomized_svd.default(A, rank, oversample, sweeps, seed)
-    if not torch.compiler.is_compiling() and not float(facts[4]):
+    in_graph = torch.compiler.is_compiling() or (
+        A.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
+    if not in_graph and not float(facts[4]):
         reason = (
             "a singular value or the norm exceeds the range of its dtype, or the iteration did "
             "not converge"

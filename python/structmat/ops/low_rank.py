@@ -11,6 +11,7 @@ from torch.nn import functional
 _linear = torch.ops.structmat.low_rank_linear.default
 _linear_train = torch.ops.structmat.low_rank_linear_train.default
 _linear_backward = torch.ops.structmat.low_rank_linear_backward.default
+_is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -36,8 +37,8 @@ def low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None)
     Under ``torch.autocast`` the arguments are cast as those of ``torch.nn.functional.linear``.
     All four arguments have gradients, of second order too. Saved for the backward pass: ``x`` if
     ``V`` needs a gradient, ``h`` (``T r`` numbers for ``T`` rows of ``x``) if ``U`` needs one, and
-    the factors that the gradients asked for are made of. ``torch.func`` transforms and forward-mode
-    differentiation run as two products of torch's.
+    the factors that the gradients asked for are made of. ``torch.func`` transforms, forward-mode
+    differentiation, ``torch.export`` and ``torch.jit.trace`` take two products of torch's.
 
     Cost: ``2 T r (m + n)`` FLOPs forward and ``4 T r (m + n)`` for all gradients, against
     ``2 T m n`` and ``4 T m n`` of the dense layer; it is the smaller for ``r < m n / (m + n)``.
@@ -56,8 +57,16 @@ def low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None)
     try:
         if torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
             x, U, V, bias = _autocast(x, U, V, bias)
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            # the operator knows no tangents and no batches within batches; these know all rules
+        if (
+            torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or torch.compiler.is_exporting()
+            or _is_tracing()
+        ):
+            # The operator knows no tangents and no batches of batches, and a graph that outlives
+            # this process would know no gradient of it; torch's products know all rules.
+            if not _is_tracing():  # where sizes are no numbers
+                _check(x, U, V, bias)
             return functional.linear(functional.linear(x, V), U, bias)
         if torch.is_grad_enabled() and (
             x.requires_grad
