@@ -6,11 +6,10 @@ Calibration: 350 docstrings and their first paragraphs, about 42,000 tokens. Hel
 cosine, p5: to the original's embeddings, mean and 5th percentile. recall: of the own document.
 """
 
-import argparse
-import json
 import os
 import sys
-from pathlib import Path
+
+from harness import parser, start, write
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -27,13 +26,11 @@ SEQUENTIAL = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.5, 0.4])
-    parser.add_argument("--sequential", action="store_true", help="the slow second pass too")
-    parser.add_argument("--tiny", action="store_true", help="little text, to see that it runs")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.5, 0.4])
+    options.add_argument("--sequential", action="store_true", help="the slow second pass too")
+    args = options.parse_args()
+    start(args)
     try:
         from structmat.demo import data, encoder
         from structmat.demo.run import contrastive_loss
@@ -61,22 +58,22 @@ def main() -> None:
     rows = [{"setting": "original", "keep": 1.0, "recall@1": recall[0], "recall@10": recall[1]}]
     print("  ".join(f"{key}: {value}" for key, value in rows[0].items()), flush=True)
     for keep in [0.5] if args.tiny else args.keep:
-        for options in SETTINGS + (SEQUENTIAL if args.sequential or args.tiny else []):
+        for setting in SETTINGS + (SEQUENTIAL if args.sequential or args.tiny else []):
             model, _ = encoder.load_encoder(args.device)
-            fisher = options["method"] == "fisher"
+            fisher = setting["method"] == "fisher"
             report = sm.compress(
                 model,
                 keep,
                 calibration=paired if fisher else batches,
                 objective=contrastive_loss if fisher else encoder.embeddings_of,
                 filter="encoder.*",
-                **options,
+                **setting,
             )
             got = encoder.embed(model, tokenizer, queries + documents)
             cosine = encoder.cosine(got, reference)
             recall = encoder.retrieval(got[:held_out], got[held_out:])
             row = {
-                "setting": ", ".join("sequential" if v is True else v for v in options.values()),
+                "setting": ", ".join("sequential" if v is True else v for v in setting.values()),
                 "keep": keep,
                 "kept": round(report.kept, 4),
                 "cosine": round(cosine.mean().item(), 4),
@@ -88,8 +85,7 @@ def main() -> None:
             }
             rows.append(row)
             print("  ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write(args, "compress", rows)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ struct LowRank {
       end = std::min(units * (part + 1) / parts * unit, size);
     }
   };
-  // Columns of C (m, n) = A B. Beyond 8 rows it pays to pack B: 0.8 of the time for 16 at n = 768.
+  // Columns of C (m, n) = A B. Beyond 8 rows B is packed: 16 take 0.8 of the time at n = 768, and
+  // 1.07 to 1.1 at n = 4096.
   template <class TC>
   static void few_times(std::int64_t m, std::int64_t n, std::int64_t k, const S* a,
                         std::int64_t a_stride, const ConstMatrixView& b, TC* c,

@@ -9,7 +9,7 @@ struct Info {
   const char* version;
   const char* blas;                // name, version and build options of the BLAS in use
   const char* simd;                // baseline, avx2 or avx512: the level the kernels run at here
-  const char* cuda_architectures;  // "80-real, 90a-real", empty without the CUDA back end
+  const char* cuda_architectures;  // "80-real, 90a-real, ...", empty without the CUDA back end
   bool avx512_bf16;
 };
 
