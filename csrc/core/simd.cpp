@@ -5,6 +5,11 @@
 #include <string>
 
 #include "structmat/error.h"
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace structmat {
 namespace {
@@ -37,6 +42,23 @@ const char* name_of(Simd level) {
 Simd simd_level() {
   static const Simd level = chosen();
   return level;
+}
+
+bool has_amx_bf16() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool usable = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (simd_level() != Simd::avx512 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx))
+      return false;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    if ((edx & kBf16) == 0 || (edx & kTile) == 0) return false;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return usable;
+#else
+  return false;
+#endif
 }
 
 bool has_avx512_bf16() {

@@ -12,6 +12,7 @@ enum class Simd : int { baseline = 0, avx2 = 1, avx512 = 2 };
 // STRUCTMAT_SIMD (baseline, avx2, avx512), read once.
 Simd simd_level();
 bool has_avx512_bf16();
+bool has_amx_bf16();  // the matrix unit, which the system must let us use
 const char* name_of(Simd level);
 
 }  // namespace structmat

@@ -3,6 +3,8 @@
 
 #include "few_rows_simd.h"
 #include "product_simd.h"
+#include "product_tiles_simd.h"
+#include "simd.h"
 
 namespace structmat {
 namespace {
@@ -10,10 +12,21 @@ namespace {
 constexpr std::int64_t kFewTokens = 16;
 constexpr std::int64_t kHiddenNumbers = 4 << 20;  // of h at a time: tokens are taken in blocks
 
-template <class T>
+// kTiles: products of more than a few tokens are made by the matrix unit.
+template <class T, bool kTiles = false>
 struct LowRank {
   using S = accumulator_t<T>;
+  // Of h and dh between two products: the matrix unit takes them rounded.
+  using Hidden = std::conditional_t<kTiles, T, S>;
   static constexpr bool wide = std::is_same_v<S, T>;
+
+  template <class TA, class TB, class TC>
+  static void product(const Context& context, const Product<TA, TB, TC>& g) {
+#if defined(__AVX512BW__)
+    if constexpr (kTiles) return multiply_tiles(context, g);
+#endif
+    multiply(context, g);
+  }
 
   static Operand<T> operand(const ConstMatrixView& a, bool transposed = false) {
     return {static_cast<const T*>(a.data), a.row_stride, transposed};
@@ -67,23 +80,24 @@ struct LowRank {
     const std::int64_t n = x.cols, m = u.rows, r = u.cols, block = token_block(r);
     for (std::int64_t t = 0; t < x.rows; t += block) {
       const std::int64_t tokens = std::min(block, x.rows - t);
-      S* h;
+      Hidden* h;
       std::int64_t h_stride = r;
-      if (wide && hidden.data != nullptr) {
-        h = reinterpret_cast<S*>(row(hidden, t));
+      if (std::is_same_v<Hidden, T> && hidden.data != nullptr) {
+        h = reinterpret_cast<Hidden*>(row(hidden, t));
         h_stride = hidden.row_stride;
       } else {
-        h = h_memory.get<S>(tokens * r);
+        h = h_memory.get<Hidden>(tokens * r);
       }
-      multiply(context,
-               Product<T, T, S>{
-                   tokens, r, n, {row(x, t), x.row_stride, false}, operand(v, true), h, h_stride});
-      multiply(
+      product(context,
+              Product<T, T, Hidden>{
+                  tokens, r, n, {row(x, t), x.row_stride, false}, operand(v, true), h, h_stride});
+      product(
           context,
-          Product<S, T, T>{
+          Product<Hidden, T, T>{
               tokens, m, r, {h, h_stride, false}, operand(u, true), row(y, t), y.row_stride, bias});
-      if (!wide && hidden.data != nullptr)
-        for (std::int64_t i = 0; i < tokens; ++i) convert(h + i * r, row(hidden, t + i), r);
+      if constexpr (!std::is_same_v<Hidden, T>)
+        for (std::int64_t i = 0; hidden.data != nullptr && i < tokens; ++i)
+          convert(h + i * r, row(hidden, t + i), r);
     }
   }
 
@@ -171,35 +185,35 @@ struct LowRank {
     const std::int64_t dh_stride = r + kLanes<S>;
     if (want_x || want_v) {
       const std::int64_t numbers = std::min(block, tokens) * dh_stride;
-      S* dh = (numbers > 2 * kHiddenNumbers ? large : dh_memory).get<S>(numbers);
+      Hidden* dh = (numbers > 2 * kHiddenNumbers ? large : dh_memory).template get<Hidden>(numbers);
       for (std::int64_t t = 0; t < tokens; t += block) {
         const std::int64_t rows = std::min(block, tokens - t);
-        multiply(context,
-                 Product<T, T, S>{
-                     rows, r, m, {row(dy, t), dy.row_stride, false}, operand(u), dh, dh_stride});
+        product(context,
+                Product<T, T, Hidden>{
+                    rows, r, m, {row(dy, t), dy.row_stride, false}, operand(u), dh, dh_stride});
         if (want_x)
-          multiply(context, Product<S, T, T>{rows,
-                                             n,
-                                             r,
-                                             {dh, dh_stride, false},
-                                             operand(v),
-                                             row(grads.x, t),
-                                             grads.x.row_stride});
+          product(context, Product<Hidden, T, T>{rows,
+                                                 n,
+                                                 r,
+                                                 {dh, dh_stride, false},
+                                                 operand(v),
+                                                 row(grads.x, t),
+                                                 grads.x.row_stride});
       }
       if (want_v)
-        multiply(context, Product<S, T, T>{r,
-                                           n,
-                                           tokens,
-                                           {dh, dh_stride, true},
-                                           operand(x),
-                                           row(grads.v, 0),
-                                           grads.v.row_stride});
+        product(context, Product<Hidden, T, T>{r,
+                                               n,
+                                               tokens,
+                                               {dh, dh_stride, true},
+                                               operand(x),
+                                               row(grads.v, 0),
+                                               grads.v.row_stride});
     }
     if (grads.u.data != nullptr) {
       // h^T times dy, the result transposed: against dy^T times h, which gathers the larger of the
       // two, 0.7 of the time at rank 512 of 4096 and 0.85 at 48 of 384.
-      multiply(context, Product<T, T, T>{r, m, tokens, operand(hidden, true), operand(dy),
-                                         row(grads.u, 0), grads.u.row_stride, nullptr, true});
+      product(context, Product<T, T, T>{r, m, tokens, operand(hidden, true), operand(dy),
+                                        row(grads.u, 0), grads.u.row_stride, nullptr, true});
     }
     if (grads.bias.data != nullptr) {
       const bool small = tokens * m < (64 << 10);
@@ -236,6 +250,16 @@ struct LowRank {
   }
 };
 
+// body(whether the matrix unit multiplies), a constant
+template <class T, class Body>
+void with_tiles(Body&& body) {
+#if defined(__AVX512BW__)
+  if constexpr (std::is_same_v<T, bfloat16>)
+    if (has_amx_bf16()) return body(std::true_type());
+#endif
+  body(std::false_type());
+}
+
 }  // namespace
 
 namespace STRUCTMAT_SIMD {
@@ -244,7 +268,9 @@ void low_rank_forward(const Context& context, ConstMatrixView x, ConstMatrixView
                       ConstMatrixView v, ConstVectorView bias, MatrixView y, MatrixView hidden) {
   dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
-    LowRank<T>::forward(context, x, u, v, static_cast<const T*>(bias.data), y, hidden);
+    with_tiles<T>([&](auto tiles) {
+      LowRank<T, tiles>::forward(context, x, u, v, static_cast<const T*>(bias.data), y, hidden);
+    });
   });
 }
 
@@ -252,7 +278,9 @@ void low_rank_backward(const Context& context, ConstMatrixView dy, ConstMatrixVi
                        ConstMatrixView u, ConstMatrixView v, ConstMatrixView hidden,
                        const LowRankGradients& grads) {
   dispatch_dtype(dy.dtype, [&](auto element) {
-    LowRank<decltype(element)>::backward(context, dy, x, u, v, hidden, grads);
+    using T = decltype(element);
+    with_tiles<T>(
+        [&](auto tiles) { LowRank<T, tiles>::backward(context, dy, x, u, v, hidden, grads); });
   });
 }
 
