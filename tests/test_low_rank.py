@@ -65,14 +65,18 @@ def test_gradients(backend: Backend, dtype: torch.dtype, size: tuple[int, ...]) 
         assert_close(a, b, dtype, terms=sum(size), scale=_scale(b))
 
 
-@pytest.mark.parametrize("tokens", [2, 1100])
-def test_results_of_some_megabytes(tokens: int) -> None:
-    args = arguments((tokens, 1100, 1030, 1024), torch.float32, "cpu", requires_grad=True)
+@pytest.mark.parametrize(
+    ("tokens", "number"),
+    [(2, torch.float32), (1100, torch.float32), (12, torch.bfloat16), (1100, torch.bfloat16)],
+    ids=str,
+)
+def test_results_of_some_megabytes(tokens: int, number: torch.dtype) -> None:
+    args = arguments((tokens, 1100, 1030, 1024), number, "cpu", requires_grad=True)
     y = sm.ops.low_rank_linear(*args)
-    dy = make(*y.shape)
+    dy = make(*y.shape, dtype=number)
     want_y, want = gradients(reference.low_rank_linear, args, dy)
     for a, b in zip((y, *torch.autograd.grad(y, args, dy)), (want_y, *want), strict=True):
-        assert_close(a, b, terms=2200, scale=_scale(b))
+        assert_close(a, b, number, terms=2200, scale=_scale(b))
 
 
 @pytest.mark.parametrize("wanted", list(product([False, True], repeat=4))[1:], ids=str)
@@ -125,9 +129,12 @@ def test_leading_dimensions(backend: Backend) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("tokens", [3, 40])
-def test_non_finite_values_propagate(backend: Backend, value: float, tokens: int) -> None:
+@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_non_finite_values_propagate(
+    backend: Backend, value: float, tokens: int, number: torch.dtype
+) -> None:
     for which in range(4):
-        args = arguments((tokens, 9, 14, 5), torch.float32, backend.device)
+        args = arguments((tokens, 9, 14, 5), number, backend.device)
         args[which][(-1,) * args[which].dim()].fill_(value)
         got = sm.ops.low_rank_linear(*args)
         h = reference.exact(args[0]) @ reference.exact(args[2]).T
@@ -327,9 +334,12 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, threads: int) -
             assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.parametrize("level", ["avx2", "baseline"])
+@pytest.mark.parametrize("level", ["avx512", "avx2", "baseline"])
 def test_other_instruction_sets(level: str) -> None:
-    tests = [f"{__file__}::{name}" for name in ("test_forward", "test_gradients", "test_layouts")]
+    names = ["test_forward", "test_gradients", "test_layouts"]
+    if level == "avx512":  # of a machine with AMX
+        names.append("test_results_of_some_megabytes")
+    tests = [f"{__file__}::{name}" for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "--backend", "cpu", "-p", "no:cacheprovider",
          *tests],

@@ -7,8 +7,7 @@
 namespace structmat {
 
 Info info() {
-  return {STRUCTMAT_VERSION, blas::name(), name_of(simd_level()), STRUCTMAT_CUDA_ARCHITECTURES,
-          has_avx512_bf16()};
+  return {STRUCTMAT_VERSION, blas::name(), name_of(simd_level()), STRUCTMAT_CUDA_ARCHITECTURES};
 }
 
 }  // namespace structmat

@@ -33,7 +33,7 @@ struct Product {
   TC* c;
   std::int64_t c_stride;
   const TC* bias = nullptr;
-  bool c_transposed = false;  // element (i, j) of C at c[j * c_stride + i]; takes no bias
+  bool c_transposed = false;  // element (i, j) of C at c[j * c_stride + i]; no bias then
 };
 
 #if defined(__AVX512F__)

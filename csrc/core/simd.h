@@ -6,20 +6,20 @@
 
 namespace structmat {
 
-enum class Simd : int { baseline = 0, avx2 = 1, avx512 = 2 };
+// amx: avx512 and a matrix unit for bfloat16 that the system lets us use; the code of both is
+// compiled as avx512.
+enum class Simd : int { baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 // The best level of this machine, or the lower one asked for by the environment variable
-// STRUCTMAT_SIMD (baseline, avx2, avx512), read once.
+// STRUCTMAT_SIMD (baseline, avx2, avx512, amx), read once.
 Simd simd_level();
-bool has_avx512_bf16();
-bool has_amx_bf16();  // the matrix unit, which the system must let us use
 const char* name_of(Simd level);
 
 }  // namespace structmat
 
 #if defined(__x86_64__)
 #define STRUCTMAT_SIMD_CALL(function, ...)                                                \
-  (::structmat::simd_level() == ::structmat::Simd::avx512 ? avx512::function(__VA_ARGS__) \
+  (::structmat::simd_level() >= ::structmat::Simd::avx512 ? avx512::function(__VA_ARGS__) \
    : ::structmat::simd_level() == ::structmat::Simd::avx2 ? avx2::function(__VA_ARGS__)   \
                                                           : baseline::function(__VA_ARGS__))
 #else

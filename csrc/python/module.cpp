@@ -17,7 +17,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("version") = info.version;
   m.attr("blas") = info.blas;
   m.attr("simd") = info.simd;
-  m.attr("avx512_bf16") = info.avx512_bf16;
   m.attr("cuda") = *info.cuda_architectures != '\0';
   m.attr("cuda_architectures") = info.cuda_architectures;
   structmat::python::register_random(m);

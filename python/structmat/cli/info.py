@@ -36,8 +36,7 @@ def info(
         "NumPy": facts["numpy"],
         **{name: facts["optional"][name] or "not installed" for name in _OPTIONAL},
         "CPU": f"{facts['cpu']['name']}, {facts['cpu']['threads']} threads",
-        "Instruction set": facts["cpu"]["simd"]
-        + (" with bf16" if facts["cpu"]["avx512_bf16"] else ""),
+        "Instruction set": facts["cpu"]["simd"],
         "BLAS": facts["blas"],
         "CUDA kernels": built,
         "CUDA in PyTorch": cuda["torch"] or "none",
@@ -75,7 +74,6 @@ def gather() -> dict[str, Any]:
             "name": _cpu_name(),
             "threads": torch.get_num_threads(),
             "simd": _C.simd,
-            "avx512_bf16": _C.avx512_bf16,
         },
         "blas": _C.blas,
         "cuda": {
