@@ -84,6 +84,7 @@ tests() {
 
 # Machine code and NVIDIA's headers need the CUDA toolkit, but no GPU.
 toolkit() {
+  [ "$device" = cuda ] || { echo "skipped: a build without CUDA"; return 77; }
   "$python" -m pytest -q tests/test_sass.py tests/test_cublas_api.py -p no:cacheprovider
 }
 

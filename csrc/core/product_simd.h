@@ -344,30 +344,32 @@ void multiply_range(const Product<TA, TB, TC>& g, std::int64_t i0, std::int64_t 
   }
 }
 
-// How a product is cut into tasks. Columns first: every task packs its part of B.
+// How a product is cut into tasks. Columns first: every task packs its part of B; but rows where
+// more numbers of a transposed A are gathered than of B packed.
 struct Grid {
   std::int64_t row_step, col_step, row_tasks, col_tasks;
 };
-template <class S>
-Grid grid_of(std::int64_t m, std::int64_t n, std::int64_t k, int threads) {
+template <class S, class TA, class TB, class TC>
+Grid grid_of(const Product<TA, TB, TC>& g, int threads) {
   constexpr std::int64_t width = kPanel<S>;
-  const std::int64_t panels = ceil_div(n, width);
-  const bool small = m * n * std::max<std::int64_t>(k, 1) < (1 << 18);  // 3 us of one core
+  const std::int64_t panels = ceil_div(g.n, width);
+  const bool small = g.m * g.n * std::max<std::int64_t>(g.k, 1) < (1 << 18);  // 3 us of one core
   const std::int64_t wanted = small ? 1 : threads;
-  const std::int64_t cols = std::clamp<std::int64_t>(panels / 4, 1, wanted);
-  const std::int64_t rows = std::max(ceil_div(wanted, cols), ceil_div(m, kRowTile));
-  Grid g;
-  g.col_step = ceil_div(panels, cols) * width;
-  g.row_step = ceil_div(ceil_div(m, rows), kMicroRows) * kMicroRows;
-  g.col_tasks = ceil_div(n, g.col_step);
-  g.row_tasks = ceil_div(m, g.row_step);
-  return g;
+  const std::int64_t cols =
+      g.a.transposed && g.m >= g.n ? 1 : std::clamp<std::int64_t>(panels / 4, 1, wanted);
+  const std::int64_t rows = std::max(ceil_div(wanted, cols), ceil_div(g.m, kRowTile));
+  Grid grid;
+  grid.col_step = ceil_div(panels, cols) * width;
+  grid.row_step = ceil_div(ceil_div(g.m, rows), kMicroRows) * kMicroRows;
+  grid.col_tasks = ceil_div(g.n, grid.col_step);
+  grid.row_tasks = ceil_div(g.m, grid.row_step);
+  return grid;
 }
 
 template <class TA, class TB, class TC>
 void multiply(const Context& context, const Product<TA, TB, TC>& g) {
   if (g.m == 0 || g.n == 0) return;
-  const Grid grid = grid_of<accumulator_t<TC>>(g.m, g.n, g.k, thread_count(context));
+  const Grid grid = grid_of<accumulator_t<TC>>(g, thread_count(context));
   parallel_for(context, grid.row_tasks * grid.col_tasks, [&](std::int64_t task) {
     const std::int64_t i = task / grid.col_tasks * grid.row_step;
     const std::int64_t j = task % grid.col_tasks * grid.col_step;

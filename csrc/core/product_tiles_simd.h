@@ -266,7 +266,7 @@ inline void multiply_tiles(const Context& context, Product<bfloat16, bfloat16, b
   if (g.m <= kFewRows && !g.a.transposed && g.b.transposed)
     g = {g.n,        g.m,    g.k, {g.b.data, g.b.stride, false}, {g.a.data, g.a.stride, true}, g.c,
          g.c_stride, g.bias, true};
-  Grid grid = grid_of<float>(g.m, g.n, g.k, thread_count(context));
+  Grid grid = grid_of<float>(g, thread_count(context));
   grid.row_step = ceil_div(grid.row_step, 32) * 32;
   grid.col_step = ceil_div(grid.col_step, 32) * 32;
   grid.row_tasks = ceil_div(g.m, grid.row_step);

@@ -212,10 +212,10 @@ struct LowRank {
                                                grads.v.row_stride});
     }
     if (grads.u.data != nullptr) {
-      // h^T times dy, the result transposed: against dy^T times h, which gathers the larger of the
-      // two, 0.7 of the time at rank 512 of 4096 and 0.85 at 48 of 384. The matrix unit gathers
-      // both.
-      if (kTiles)
+      // dy^T h gathers dy, h^T dy stores its result transposed: against the former 0.7 to 0.9 of
+      // the time where tokens are many, 2 times for 64 tokens at rank 512 of 4096. The matrix unit
+      // gathers its operands anyway.
+      if (kTiles || 2 * tokens <= 3 * r)
         product(context, Product<T, T, T>{m, r, tokens, operand(dy, true), operand(hidden),
                                           row(grads.u, 0), grads.u.row_stride});
       else
