@@ -86,10 +86,11 @@ def _seconds_cuda(contender: Contender, repeats: int) -> float:
     return float(begin.elapsed_time(end)) / repeats / 1e3
 
 
-def _seconds_cpu(contender: Contender) -> float:
+def _seconds_cpu(contender: Contender, repeats: int = 1) -> float:
     begin = time.perf_counter()
-    contender()
-    return time.perf_counter() - begin
+    for _ in range(repeats):
+        contender()
+    return (time.perf_counter() - begin) / repeats
 
 
 def measure(
@@ -99,18 +100,18 @@ def measure(
     tiny: bool = False,
     settle: float = 0.0,
 ) -> dict[str, float]:
-    """Median seconds of each contender, their runs alternating, for `budget` seconds in all.
+    """Median seconds of each contender, their runs alternating, for `budget` seconds in all. A run is
+    as many calls as take 2 ms, up to 50.
 
     settle: seconds to wait before each run, where contenders bring threads of their own: those of
     the one before spin for some 50 ms, which made the next up to 3 times as slow.
     """
     if device == "cuda":
         contenders = {name: _captured(c) for name, c in contenders.items()}
-        once = max(_seconds_cuda(c, 2) for c in contenders.values())
-        repeats = max(1, min(50, int(2e-3 / max(once, 1e-7))))
-        timers = {n: (lambda c=c: _seconds_cuda(c, repeats)) for n, c in contenders.items()}
-    else:
-        timers = {n: (lambda c=c: _seconds_cpu(c)) for n, c in contenders.items()}
+    seconds = _seconds_cuda if device == "cuda" else _seconds_cpu
+    once = max(seconds(c, 2) for c in contenders.values())
+    repeats = max(1, min(50, int(2e-3 / max(once, 1e-7))))
+    timers = {n: (lambda c=c: seconds(c, repeats)) for n, c in contenders.items()}
     for timer in timers.values():
         timer()
     times: dict[str, list[float]] = {name: [] for name in timers}
