@@ -100,8 +100,9 @@ def measure(
     tiny: bool = False,
     settle: float = 0.0,
 ) -> dict[str, float]:
-    """Median seconds of each contender, their runs alternating, for `budget` seconds in all. A run is
-    as many calls as take 2 ms, up to 50.
+    """Median seconds of each contender, their runs alternating, for `budget` seconds in all.
+
+    A run is as many calls as take 2 ms, up to 50.
 
     settle: seconds to wait before each run, where contenders bring threads of their own: those of
     the one before spin for some 50 ms, which made the next up to 3 times as slow.
