@@ -33,7 +33,7 @@ struct Product {
   TC* c;
   std::int64_t c_stride;
   const TC* bias = nullptr;
-  bool c_transposed = false;  // element (i, j) of C at c[j * c_stride + i]; no bias then
+  bool c_transposed = false;  // element (i, j) of C at c[j * c_stride + i]; multiply: no bias then
 };
 
 #if defined(__AVX512F__)
@@ -344,37 +344,31 @@ void multiply_range(const Product<TA, TB, TC>& g, std::int64_t i0, std::int64_t 
   }
 }
 
-// How a product is cut into tasks. Columns first: every task packs its part of B; but rows where
-// more numbers of a transposed A are gathered than of B packed.
-struct Grid {
-  std::int64_t row_step, col_step, row_tasks, col_tasks;
-};
-template <class S, class TA, class TB, class TC>
-Grid grid_of(const Product<TA, TB, TC>& g, int threads) {
-  constexpr std::int64_t width = kPanel<S>;
-  const std::int64_t panels = ceil_div(g.n, width);
+// body(i0, i1, j0, j1) for each task of a product. Columns first: every task packs its part of B;
+// but rows where more numbers of a transposed A are gathered than of B packed.
+template <class TA, class TB, class TC, class Body>
+void for_blocks(const Context& context, const Product<TA, TB, TC>& g, std::int64_t row_unit,
+                std::int64_t col_unit, Body&& body) {
+  if (g.m == 0 || g.n == 0) return;
   const bool small = g.m * g.n * std::max<std::int64_t>(g.k, 1) < (1 << 18);  // 3 us of one core
-  const std::int64_t wanted = small ? 1 : threads;
+  const std::int64_t wanted = small ? 1 : thread_count(context);
+  const bool by_rows = g.a.transposed && g.m >= std::max(g.n, wanted * 64);
   const std::int64_t cols =
-      g.a.transposed && g.m >= g.n ? 1 : std::clamp<std::int64_t>(panels / 4, 1, wanted);
+      by_rows ? 1 : std::clamp<std::int64_t>(ceil_div(g.n, col_unit) / 4, 1, wanted);
   const std::int64_t rows = std::max(ceil_div(wanted, cols), ceil_div(g.m, kRowTile));
-  Grid grid;
-  grid.col_step = ceil_div(panels, cols) * width;
-  grid.row_step = ceil_div(ceil_div(g.m, rows), kMicroRows) * kMicroRows;
-  grid.col_tasks = ceil_div(g.n, grid.col_step);
-  grid.row_tasks = ceil_div(g.m, grid.row_step);
-  return grid;
+  const std::int64_t col_step = ceil_div(ceil_div(g.n, col_unit), cols) * col_unit;
+  const std::int64_t row_step = ceil_div(ceil_div(g.m, rows), row_unit) * row_unit;
+  const std::int64_t col_tasks = ceil_div(g.n, col_step), row_tasks = ceil_div(g.m, row_step);
+  parallel_for(context, row_tasks * col_tasks, [&](std::int64_t task) {
+    const std::int64_t i = task / col_tasks * row_step, j = task % col_tasks * col_step;
+    body(i, std::min(g.m, i + row_step), j, std::min(g.n, j + col_step));
+  });
 }
 
 template <class TA, class TB, class TC>
 void multiply(const Context& context, const Product<TA, TB, TC>& g) {
-  if (g.m == 0 || g.n == 0) return;
-  const Grid grid = grid_of<accumulator_t<TC>>(g, thread_count(context));
-  parallel_for(context, grid.row_tasks * grid.col_tasks, [&](std::int64_t task) {
-    const std::int64_t i = task / grid.col_tasks * grid.row_step;
-    const std::int64_t j = task % grid.col_tasks * grid.col_step;
-    multiply_range(g, i, std::min(g.m, i + grid.row_step), j, std::min(g.n, j + grid.col_step));
-  });
+  for_blocks(context, g, kMicroRows, kPanel<accumulator_t<TC>>,
+             [&](auto... range) { multiply_range(g, range...); });
 }
 
 }  // namespace

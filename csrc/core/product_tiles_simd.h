@@ -129,7 +129,7 @@ inline void load_pairs(const bfloat16* data, std::int64_t stride, std::int64_t l
   // Words i of the two vectors, side by side: 32 is word 0 of the second.
   const __m512i side_by_side = _mm512_or_si512(
       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-      _mm512_maskz_slli_epi32(
+      _mm512_maskz_slli_epi32(  // the plain one warns of uninitialised numbers in GCC 12
           0xffff, _mm512_set_epi32(47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36, 35, 34, 33, 32),
           16));
   const __m512i upper = _mm512_add_epi16(side_by_side, _mm512_set1_epi16(16));
@@ -262,21 +262,17 @@ inline void multiply_tiles_range(const Product<bfloat16, bfloat16, bfloat16>& g,
 }
 
 inline void multiply_tiles(const Context& context, Product<bfloat16, bfloat16, bfloat16> g) {
-  if (g.m == 0 || g.n == 0) return;
   if (g.m <= kFewRows && !g.a.transposed && g.b.transposed)
-    g = {g.n,        g.m,    g.k, {g.b.data, g.b.stride, false}, {g.a.data, g.a.stride, true}, g.c,
-         g.c_stride, g.bias, true};
-  Grid grid = grid_of<float>(g, thread_count(context));
-  grid.row_step = ceil_div(grid.row_step, 32) * 32;
-  grid.col_step = ceil_div(grid.col_step, 32) * 32;
-  grid.row_tasks = ceil_div(g.m, grid.row_step);
-  grid.col_tasks = ceil_div(g.n, grid.col_step);
-  parallel_for(context, grid.row_tasks * grid.col_tasks, [&](std::int64_t task) {
-    const std::int64_t i = task / grid.col_tasks * grid.row_step;
-    const std::int64_t j = task % grid.col_tasks * grid.col_step;
-    multiply_tiles_range(g, i, std::min(g.m, i + grid.row_step), j,
-                         std::min(g.n, j + grid.col_step));
-  });
+    g = {g.n,
+         g.m,
+         g.k,
+         {g.b.data, g.b.stride, false},
+         {g.a.data, g.a.stride, true},
+         g.c,
+         g.c_stride,
+         g.bias,
+         !g.c_transposed};
+  for_blocks(context, g, 32, 32, [&](auto... range) { multiply_tiles_range(g, range...); });
 }
 
 }  // namespace

@@ -25,9 +25,11 @@ struct LowRank {
   template <class TA, class TB, class TC>
   static void product(const Context& context, const Product<TA, TB, TC>& g) {
 #if defined(__AVX512BW__)
-    if constexpr (kTiles) return multiply_tiles(context, g);
+    if constexpr (kTiles)
+      multiply_tiles(context, g);
+    else
 #endif
-    multiply(context, g);
+      multiply(context, g);
   }
 
   static Operand<T> operand(const ConstMatrixView& a, bool transposed = false) {

@@ -42,10 +42,10 @@ def low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None)
 
     Cost: ``2 T r (m + n)`` FLOPs forward and ``4 T r (m + n)`` for all gradients, against
     ``2 T m n`` and ``4 T m n`` of the dense layer; it is the smaller for ``r < m n / (m + n)``.
-    Sums are kept in float32 (float64 for float64). ``h`` is float32 between the two products of
-    16-bit tensors on the CPU, and for up to 16 rows on CUDA; beyond that CUDA rounds it to their
-    type, in which a float16 ``h`` above 65,504 is infinite, and so do CPUs with AMX for more than 4
-    rows of bfloat16. The same inputs give the same bits for
+    Sums are kept in float32 (float64 for float64). Between the two products of 16-bit tensors ``h``
+    is float32 for up to 4 rows, and for more on CPUs unless they multiply bfloat16 by AMX, and for
+    up to 16 rows on CUDA; otherwise it is rounded to their type, in which a float16 ``h`` above
+    65,504 is infinite. The same inputs give the same bits for
     any number of threads.
 
     Example:
