@@ -31,6 +31,8 @@ void BLAS(dtrmm)(const char*, const char*, const char*, const char*, const int*,
                  const double*, const double*, const int*, double*, const int*);
 void BLAS(dpotrf)(const char*, const int*, double*, const int*, int*);
 void BLAS(dtrtri)(const char*, const char*, const int*, double*, const int*, int*);
+void BLAS(dsyevd)(const char*, const char*, const int*, double*, const int*, double*, double*,
+                  const int*, int*, const int*, int*);
 void BLAS(sgesdd)(const char*, const int*, const int*, float*, const int*, float*, float*,
                   const int*, float*, const int*, float*, const int*, int*, int*);
 void BLAS(dgesdd)(const char*, const int*, const int*, double*, const int*, double*, double*,
@@ -77,6 +79,16 @@ int potrf(int n, double* a, int lda) {
 void trtri(int n, double* a, int lda) {
   int info = 0;
   BLAS(dtrtri)("U", "N", &n, a, &lda, &info);
+}
+bool syevd(int n, double* a, int lda, double* w) {
+  double size = 0;
+  int isize = 0, query = -1, info = 0;
+  BLAS(dsyevd)("V", "U", &n, a, &lda, w, &size, &query, &isize, &query, &info);
+  const int lwork = static_cast<int>(size);
+  std::vector<double> work(static_cast<std::size_t>(lwork));
+  std::vector<int> iwork(static_cast<std::size_t>(isize));
+  BLAS(dsyevd)("V", "U", &n, a, &lda, w, work.data(), &lwork, iwork.data(), &isize, &info);
+  return info == 0;
 }
 
 namespace {

@@ -24,6 +24,9 @@ void trmm(int m, int n, const double* a, int lda, double* b, int ldb);
 int potrf(int n, double* a, int lda);
 // A <- A^-1, A upper triangular.
 void trtri(int n, double* a, int lda);
+// The upper triangle of symmetric A (n, n) becomes A's eigenvectors by columns, w its eigenvalues,
+// ascending; false where the iteration does not converge.
+bool syevd(int n, double* a, int lda, double* w);
 // A (n, n) = U diag(S) Vt, A is destroyed; false where the iteration does not converge.
 bool gesdd(int n, float* a, int lda, float* s, float* u, int ldu, float* vt, int ldvt);
 bool gesdd(int n, double* a, int lda, double* s, double* u, int ldu, double* vt, int ldvt);

@@ -28,6 +28,27 @@ STRUCTMAT_LIBRARY(m) {
   m.def(
       "randomized_svd(Tensor A, int rank, int? oversample, int? sweeps, int seed) -> "
       "(Tensor U, Tensor S, Tensor Vh, Tensor info)");
+  m.def("streaming_svd_shape(int n, int rank) -> (int keep, int chunk)");
+  m.def("streaming_svd_check(Tensor rows) -> Tensor");
+  m.def(
+      "streaming_svd_update(Tensor(a!) buffer, Tensor(b!) factor, Tensor(c!) mean, "
+      "Tensor(d!) facts, int rank, float decay, bool center, int seen, int buffered, Tensor rows) "
+      "-> ()");
+  m.def(
+      "streaming_svd_update_csr(Tensor(a!) buffer, Tensor(b!) factor, Tensor(c!) mean, "
+      "Tensor(d!) facts, int rank, float decay, bool center, int seen, int buffered, "
+      "Tensor starts, Tensor columns, Tensor values) -> ()");
+  m.def(
+      "streaming_svd_fold(Tensor(a!) buffer, Tensor(b!) factor, Tensor(c!) mean, "
+      "Tensor(d!) facts, int rank, float decay, bool center, int seen, int buffered) -> ()");
+  m.def(
+      "streaming_svd_merge(Tensor(a!) buffer, Tensor(b!) factor, Tensor(c!) mean, "
+      "Tensor(d!) facts, int rank, float decay, bool center, int seen, int buffered, "
+      "Tensor other_buffer, Tensor other_factor, Tensor other_mean, Tensor other_facts, "
+      "int other_seen, int other_buffered) -> ()");
+  m.def(
+      "streaming_svd_result(Tensor buffer, Tensor factor, Tensor mean, Tensor facts, int rank, "
+      "float decay, bool center, int seen, int seed) -> (Tensor S, Tensor Vh, Tensor info)");
 }
 STRUCTMAT_IMPL(CompositeExplicitAutograd, m) {
   m.impl("has_cuda", TORCH_BOX(&has_cuda));

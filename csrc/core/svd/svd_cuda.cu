@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 
+#include "cuda/arena.h"
 #include "cuda/device.h"
 #include "cuda/gemm.h"
 #include "random/random_kernels.h"
@@ -48,23 +49,6 @@ struct Stored {
   }
 };
 
-// The work space: counted without a base, handed out with one.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<unsigned char*>(base)) {}
-  template <class U>
-  U* take(std::int64_t count) {
-    U* out = base_ == nullptr ? nullptr : reinterpret_cast<U*>(base_ + used_);
-    used_ += (static_cast<std::size_t>(count) * sizeof(U) + 255) / 256 * 256;
-    return out;
-  }
-  std::size_t used() const { return used_; }
-
- private:
-  unsigned char* base_;
-  std::size_t used_ = 0;
-};
-
 template <class T>
 struct Buffers {
   T *q, *x, *t;  // (tall, l), (small, l), (small, l)
@@ -84,7 +68,7 @@ struct Buffers {
   std::size_t bytes;
 
   Buffers(void* base, const SvdPlan& plan, const Stored& a) {
-    Arena arena(base);
+    cuda::Arena arena(base);
     const std::int64_t l = plan.basis(), k = plan.rank;
     q = arena.take<T>(plan.tall * l);
     x = arena.take<T>(plan.small * l);

@@ -7,4 +7,5 @@
 #include "structmat/low_rank.h"
 #include "structmat/matrix.h"
 #include "structmat/random.h"
+#include "structmat/streaming_svd.h"
 #include "structmat/svd.h"

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+// The elementwise and reducing kernels of streaming_svd_cuda.cu.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "cuda/device.h"
+#include "half.h"
+#include "streaming_svd/streaming_svd_info.h"
+#include "svd/panel_cuda.cuh"
+
+namespace structmat {
+namespace streaming_svd_cuda {
+
+constexpr int kThreads = 256;
+
+constexpr unsigned blocks_for(std::int64_t count) {
+  return static_cast<unsigned>(
+      std::clamp<std::int64_t>((count + kThreads - 1) / kThreads, 1, 8192));
+}
+constexpr unsigned tiles(std::int64_t count, std::int64_t tile) {
+  return static_cast<unsigned>((count + tile - 1) / tile);
+}
+
+__device__ inline std::int64_t first_index() {
+  return static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+}
+__device__ inline std::int64_t index_step() {
+  return static_cast<std::int64_t>(gridDim.x) * kThreads;
+}
+
+__device__ inline double unit_of(const double* facts) {
+  return facts[1] > 0 ? facts[1] : 1.0;
+}
+
+// The unit of all rows so far, from the extreme entries of new ones; ratio <- the earlier one over
+// it. One block.
+__global__ void __launch_bounds__(kThreads)
+    unit_kernel(const double* extremes, std::int64_t count, double* facts, double* ratio) {
+  __shared__ double largest[kThreads];
+  double mine = 0;
+  for (std::int64_t i = threadIdx.x; i < count; i += kThreads)
+    mine = fabs(extremes[i]) > mine ? fabs(extremes[i]) : mine;
+  largest[threadIdx.x] = mine;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half && largest[threadIdx.x + half] > largest[threadIdx.x])
+      largest[threadIdx.x] = largest[threadIdx.x + half];
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  const double earlier = unit_of(facts), least = std::numeric_limits<double>::min();
+  double unit = largest[0] > 0 ? ldexp(1.0, ilogb(largest[0])) : 0.0;
+  if (unit > 0 && unit < least) unit = least;
+  if (unit > facts[1]) facts[1] = unit;
+  const double quotient = earlier / unit_of(facts);
+  *ratio = quotient < 1 ? quotient : 1.0;
+}
+
+// out (count, n) <- the rows in units of the state's, weighted by decay^(count - 1 - i) and, with
+// `center`, about their mean, then the row of the join; mean <- that of all. A block has 32
+// columns.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    prepare_kernel(const T* rows, std::int64_t row_stride, std::int64_t count, std::int64_t n,
+                   double decay, double inverse_count, double share, double between, bool center,
+                   const double* facts, double* mean, double* out) {
+  constexpr int kRows = kThreads / 32;
+  __shared__ double sums[kRows][32];
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
+  const std::int64_t j = static_cast<std::int64_t>(blockIdx.x) * 32 + lane;
+  const double unit = unit_of(facts), inverse = 1 / unit;
+  double sum = 0;
+  if (j < n)
+    for (std::int64_t i = row; i < count; i += kRows) {
+      const double root = decay == 1 ? 1.0 : pow(decay, static_cast<double>(count - 1 - i));
+      sum += root * root * (inverse * static_cast<double>(to_float(rows[i * row_stride + j])));
+    }
+  sums[row][lane] = sum;
+  __syncthreads();
+  if (j >= n) return;
+  double own = 0;
+  for (int k = 0; k < kRows; ++k) own += sums[k][lane];
+  own *= inverse_count;
+  if (row == 0) {
+    const double earlier = mean[j] * inverse, distance = own - earlier;
+    mean[j] = (earlier + share * distance) * unit;
+    if (center) out[count * n + j] = between * distance;
+  }
+  const double about = center ? own : 0.0;
+  for (std::int64_t i = row; i < count; i += kRows) {
+    const double root = decay == 1 ? 1.0 : pow(decay, static_cast<double>(count - 1 - i));
+    out[i * n + j] =
+        root * (inverse * static_cast<double>(to_float(rows[i * row_stride + j])) - about);
+  }
+}
+
+// to = from times by * ratio, or its square
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(const double* from, double* to, std::int64_t count, double by, const double* ratio,
+                 bool square) {
+  double factor = ratio == nullptr ? by : by * *ratio;
+  if (square) factor *= factor;
+  for (std::int64_t i = first_index(); i < count; i += index_step()) to[i] = factor * from[i];
+}
+
+// to += ratio^2 from
+__global__ void __launch_bounds__(kThreads)
+    add_kernel(const double* from, double* to, std::int64_t count, const double* ratio) {
+  for (std::int64_t i = first_index(); i < count; i += index_step())
+    to[i] += *ratio * *ratio * from[i];
+}
+
+// Energy of all eigenvalues but the first `kept`; NaN where the iteration did not end.
+__global__ void lost_kernel(const double* energies, std::int64_t kept, std::int64_t size, double by,
+                            const double* ratio, const int* rotated, double* facts) {
+  const double factor = ratio == nullptr ? by : by * *ratio;
+  double lost = factor * factor * facts[0];
+  for (std::int64_t i = kept; i < size; ++i) lost += energies[i];
+  facts[0] = *rotated != 0 ? std::numeric_limits<double>::quiet_NaN() : lost;
+}
+
+__global__ void merge_units_kernel(double* facts, const double* other, double* ratios) {
+  const double earlier = unit_of(facts);
+  if (other[1] > facts[1]) facts[1] = other[1];
+  const double mine = earlier / unit_of(facts), theirs = unit_of(other) / unit_of(facts);
+  ratios[0] = mine < 1 ? mine : 1.0;
+  ratios[1] = theirs < 1 ? theirs : 1.0;
+}
+__global__ void merge_lost_kernel(double* facts, const double* other, const double* ratio) {
+  facts[0] += *ratio * *ratio * other[0];
+}
+__global__ void __launch_bounds__(kThreads)
+    merge_means_kernel(double* mean, const double* later, const double* facts, std::int64_t n,
+                       double share, double between, double* row) {
+  const double unit = unit_of(facts);
+  for (std::int64_t j = first_index(); j < n; j += index_step()) {
+    const double distance = later[j] / unit - mean[j] / unit;
+    row[j] = between * distance;
+    mean[j] = (mean[j] / unit + share * distance) * unit;
+  }
+}
+
+// to (n, n) <- the symmetric matrix whose lower triangle `from` holds
+__global__ void __launch_bounds__(kThreads)
+    mirror_kernel(const double* from, double* to, std::int64_t n) {
+  for (std::int64_t i = first_index(); i < n * n; i += index_step()) {
+    const std::int64_t r = i / n, c = i % n;
+    to[i] = r >= c ? from[i] : from[c * n + r];
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    store_kernel(const T* from, std::int64_t row_stride, std::int64_t col_stride, T* to,
+                 std::int64_t rows, std::int64_t cols) {
+  for (std::int64_t i = first_index(); i < rows * cols; i += index_step())
+    to[i] = from[i / cols * row_stride + i % cols * col_stride];
+}
+
+// One block a row.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    scatter_kernel(const std::int64_t* starts, const std::int64_t* columns, const T* values, T* to,
+                   std::int64_t cols) {
+  T* row = to + static_cast<std::int64_t>(blockIdx.x) * cols;
+  for (std::int64_t j = threadIdx.x; j < cols; j += kThreads) row[j] = T{};
+  __syncthreads();
+  for (std::int64_t k = starts[blockIdx.x] + threadIdx.x; k < starts[blockIdx.x + 1]; k += kThreads)
+    row[columns[k]] = values[k];
+}
+
+__global__ void assume_kernel(double* finite) {
+  *finite = 1;
+}
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    check_kernel(const T* values, std::int64_t rows, std::int64_t cols, std::int64_t row_stride,
+                 std::int64_t col_stride, double* finite) {
+  for (std::int64_t i = first_index(); i < rows * cols; i += index_step())
+    if (!svd_cuda::is_finite(
+            static_cast<double>(to_float(values[i / cols * row_stride + i % cols * col_stride]))))
+      *finite = 0;
+}
+
+// What was found: value i is values[i], an energy or its root; vector i has entry j at
+// vectors[i * row_stride + j * col_stride].
+struct Vectors {
+  const double *values, *vectors;
+  std::int64_t row_stride, col_stride;
+  bool energies;
+
+  __device__ double sigma(std::int64_t i) const { return energies ? sqrt(values[i]) : values[i]; }
+};
+
+// One thread: the sums are short, and their order is fixed.
+template <class T>
+__global__ void info_kernel(Vectors found, std::int64_t n, std::int64_t k, const double* facts,
+                            const int* rotated, const SvdInfo* inner, SvdInfo* info) {
+  const double unit = unit_of(facts);
+  double kept = 0, lost = facts[0], rank = 0;
+  const double floor = found.sigma(0) * streaming_svd_resolution(n, found.energies,
+                                                                 std::numeric_limits<T>::epsilon());
+  for (std::int64_t i = 0; i < k; ++i) {
+    const double sigma = found.sigma(i);
+    kept += sigma * sigma;
+    rank += sigma > floor ? 1 : 0;
+  }
+  if (found.energies) {
+    for (std::int64_t i = k; i < n; ++i) lost += found.values[i];
+  } else {
+    const double tail = inner->error * inner->norm;
+    lost += tail * tail;
+  }
+  *info = streaming_svd_info(kept, lost, rank, k == n, unit);
+  const bool in_range =
+      found.sigma(0) * unit <= static_cast<double>(std::numeric_limits<T>::max()) &&
+      svd_cuda::is_finite(kept + lost) && (rotated == nullptr || *rotated == 0);
+  if (!in_range) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    *info = {nan, nan, nan, nan, 0};
+  }
+}
+
+// S and Vh, the entry of largest magnitude of each row made positive; NaN where there is no finite
+// answer. One block a row.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(Vectors found, std::int64_t n, const double* facts, const SvdInfo* info, T* s,
+                  T* vh, std::int64_t stride) {
+  __shared__ double best[kThreads];
+  __shared__ std::int64_t where[kThreads];
+  const std::int64_t i = blockIdx.x;
+  const double* from = found.vectors + i * found.row_stride;
+  double value = 0;
+  std::int64_t at = n;
+  for (std::int64_t j = threadIdx.x; j < n; j += kThreads)
+    if (fabs(from[j * found.col_stride]) > fabs(value)) {
+      value = from[j * found.col_stride];
+      at = j;
+    }
+  best[threadIdx.x] = value;
+  where[threadIdx.x] = at;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    const int other = threadIdx.x + half;
+    if (static_cast<int>(threadIdx.x) >= half) continue;
+    const double mine = fabs(best[threadIdx.x]), theirs = fabs(best[other]);
+    if (theirs > mine || (theirs == mine && where[other] < where[threadIdx.x])) {
+      best[threadIdx.x] = best[other];
+      where[threadIdx.x] = where[other];
+    }
+  }
+  __syncthreads();
+  const double sign = best[0] < 0 ? -1.0 : 1.0;
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  const bool finite = info->finite != 0;
+  for (std::int64_t j = threadIdx.x; j < n; j += kThreads)
+    vh[i * stride + j] = finite ? static_cast<T>(sign * from[j * found.col_stride]) : nan;
+  if (threadIdx.x == 0) s[i] = finite ? static_cast<T>(found.sigma(i) * unit_of(facts)) : nan;
+}
+
+}  // namespace streaming_svd_cuda
+}  // namespace structmat
