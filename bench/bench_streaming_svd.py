@@ -62,7 +62,7 @@ def contenders(A: torch.Tensor, k: int, block: int) -> dict[str, Contender]:
             pca = IncrementalPCA(k)
             for rows in A.split(block):
                 if len(rows) >= k:  # it takes no fewer
-                    pca.partial_fit(rows.numpy(), check_input=False)
+                    pca.partial_fit(rows.numpy())
             return torch.from_numpy(pca.components_), float("nan")
 
         found["scikit-learn"] = sklearn
