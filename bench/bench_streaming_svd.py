@@ -39,9 +39,7 @@ def stream(m: int, n: int, device: str) -> torch.Tensor:
 
 def contenders(A: torch.Tensor, k: int, block: int) -> dict[str, Contender]:
     def ours(center: bool) -> tuple[torch.Tensor, float]:
-        state = sm.linalg.StreamingSVD(
-            A.shape[1], k, center=center, dtype=A.dtype, device=A.device
-        )
+        state = sm.linalg.StreamingSVD(A.shape[1], k, center=center, dtype=A.dtype, device=A.device)
         for rows in A.split(block):
             state.update(rows)
         result = state.result()

@@ -45,11 +45,40 @@ def svd(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.ops.structmat.randomized_svd(A, 5, 3, None, 1)
 
 
+def streaming(rank: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Updates, a fold, a merge and the result of a state."""
+
+    def run(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ops, n = torch.ops.structmat, A.shape[1]
+        keep, chunk = ops.streaming_svd_shape(n, rank)
+        wide = {"dtype": torch.float64, "device": A.device}
+        states, kept = [], min(len(A), chunk + 2)
+        for rows in (A[:kept], A[kept:]):
+            state = (
+                torch.zeros(chunk, n, dtype=A.dtype, device=A.device),
+                *(torch.zeros(size, **wide) for size in ((keep, n), (n,), (2,))),
+            )
+            ops.streaming_svd_update(*state, rank, 0.99, True, 0, 0, rows)
+            states.append((*state, len(rows), len(rows) % chunk))
+        first, second = states
+        ops.streaming_svd_fold(*first[:4], rank, 0.99, True, *first[4:])
+        ops.streaming_svd_fold(*second[:4], rank, 0.99, True, *second[4:])
+        ops.streaming_svd_merge(
+            *first[:4], rank, 0.99, True, kept, 0, *second[:4], len(A) - kept, 0
+        )
+        found = ops.streaming_svd_result(*first[:4], rank, 0.99, True, len(A), 0)
+        return (*found, ops.streaming_svd_check(A))
+
+    return run
+
+
 OPERATIONS = [
     low_rank("low_rank_linear", 67, 96, 80, 24),
     low_rank("low_rank_linear, odd sizes", 33, 41, 57, 13),
     low_rank("low_rank_linear, one token", 1, 96, 80, 24),
     Operation("randomized_svd", ((67, 45),), svd, False),
+    Operation("streaming_svd", ((150, 12),), streaming(3), False),
+    Operation("streaming_svd, wide rows", ((70, 131),), streaming(2), False),
     Operation("gaussian", ((0,),), gaussian, False, (torch.float32, torch.float64)),
 ]
 

@@ -128,3 +128,14 @@ def low_rank_linear(
     x, U, V = (a if a.dtype == torch.float64 else exact(a) for a in (x, U, V))
     y = x @ (U @ V).T
     return y if bias is None else y + (bias if bias.dtype == torch.float64 else exact(bias))
+
+
+def streamed_rows(
+    rows: torch.Tensor, decay: float = 1.0, center: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrix that a stream of rows stands for, and their mean: row i of N has the weight
+    decay^(N - i)."""
+    A = exact(rows)
+    weight = decay ** torch.arange(len(A) - 1, -1, -1, dtype=torch.float64)[:, None]
+    mean = (weight.square() * A).sum(0) / weight.square().sum()
+    return weight * (A - mean if center else A), mean

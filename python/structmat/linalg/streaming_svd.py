@@ -34,9 +34,9 @@ class StreamingSVD:
         n_features: ``n``, the width of the rows.
         rank: how many singular values, 1 to ``n``.
         decay: in (0, 1]. Every row multiplies all rows before it by this, hence their share in
-            ``A^T A`` and in the mean by ``decay^2``, whatever the blocks. A factor ``f`` per block of
-            ``b`` rows is ``f^(1/b)`` here; after ``h`` rows half the share is left with
-            ``0.5^(1/(2 h))``.
+            ``A^T A`` and in the mean by ``decay^2``, whatever the blocks. A factor ``f`` per block
+            of ``b`` rows is ``f^(1/b)`` here; with ``0.5^(1/(2 h))`` half the share is left after
+            ``h`` rows.
         center: measure from the mean of the rows, with the same weights. Rows are centred about the
             mean of their own chunk and one row for the distance of the two means is added (Chan,
             Golub and LeVeque): nothing cancels, however large the mean is.
@@ -97,7 +97,9 @@ class StreamingSVD:
             raise TypeError(f"{op}: center must be a bool, got {type(center).__name__}")
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in _DTYPES:
-            raise TypeError(f"{op}: dtype is {dtype}, wanted one of " + ", ".join(map(str, _DTYPES)))
+            raise TypeError(
+                f"{op}: dtype is {dtype}, wanted one of " + ", ".join(map(str, _DTYPES))
+            )
         if n_features < 1:
             raise ValueError(f"{op}: n_features is {n_features}, wanted at least 1")
         if not 1 <= rank <= n_features:
@@ -111,11 +113,11 @@ class StreamingSVD:
         self.rows_seen = 0
         self._buffered = 0
         keep, chunk = torch.ops.structmat.streaming_svd_shape(n_features, rank)
-        wide = {"dtype": torch.float64, "device": device}
         self._buffer = torch.zeros(chunk, n_features, dtype=dtype, device=device)
-        self._factor = torch.zeros(keep, n_features, **wide)
-        self._mean = torch.zeros(n_features, **wide)
-        self._facts = torch.zeros(2, **wide)
+        self._factor, self._mean, self._facts = (
+            torch.zeros(shape, dtype=torch.float64, device=device)
+            for shape in ((keep, n_features), (n_features,), (2,))
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,8 +131,9 @@ class StreamingSVD:
         """Appends rows.
 
         Args:
-            rows: ``(b, n)``, dense with any strides or sparse CSR, or one row ``(n,)``, of the dtype
-                and on the device given at the start. Sparse rows are expanded a chunk at a time.
+            rows: ``(b, n)``, dense with any strides or sparse CSR, or one row ``(n,)``, of the
+                dtype and on the device given at the start. Sparse rows are expanded a chunk at a
+                time.
 
         Returns:
             the object itself.
@@ -211,12 +214,13 @@ class StreamingSVD:
         Returns:
             :class:`SVDResult`: ``U`` is None, ``S (rank,)`` descending, ``Vh (rank, n)`` with
             orthonormal rows, of the rows' dtype, float32 for 16-bit rows. The entry of largest
-            magnitude of each row of ``Vh`` is positive. With ``center`` the variances along them are
-            ``S^2 / rows_seen`` where there is no decay.
+            magnitude of each row of ``Vh`` is positive. With ``center`` and without decay the
+            variances along them are ``S^2 / rows_seen``.
 
             ``.info.error`` is ``||A - A V V^T||_F / ||A||_F``, ``V = Vh^T``: exact where
-            ``n <= 4 l``, else an upper bound, from the energy left out so far and the singular values
-            beyond ``rank``. Below 3e-8 it is not known and reported as that. ``.info.rank`` counts
+            ``n <= 4 l``, else an upper bound, from the energy left out so far and the singular
+            values beyond ``rank``. Rounding can add up to 1e-6; below 3e-8 it is not known and
+            reported as that. ``.info.rank`` counts
             singular values above ``n eps S[0]`` and, where ``n <= 4 l``, above
             ``sqrt(n) 1.5e-8 S[0]``; ``.info.sweeps`` is 1.
 
@@ -261,7 +265,7 @@ class StreamingSVD:
         return self._folded()[2].to(torch.float64 if wide else torch.float32)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of the state, tensors only: it can be written by ``safetensors`` or ``torch.save``.
+        """A copy of the state, tensors only, for ``safetensors`` or ``torch.save``.
 
         Example:
             >>> import torch, structmat as sm
@@ -296,7 +300,8 @@ class StreamingSVD:
         wanted = {*_STATE, *_SETTINGS, "rows_seen"}
         if set(state) != wanted:
             raise ValueError(
-                f"{op}: missing {sorted(wanted - set(state))}, unknown {sorted(set(state) - wanted)}"
+                f"{op}: missing {sorted(wanted - set(state))}, "
+                f"unknown {sorted(set(state) - wanted)}"
             )
         for name, value in state.items():
             if not isinstance(value, Tensor):
