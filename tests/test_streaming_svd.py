@@ -17,6 +17,9 @@ ORTHOGONAL = {torch.float32: 1e-6, torch.float64: 1e-13}
 EXACT, WIDE = (24, 3), (135, 2)
 kinds = pytest.mark.parametrize(("n", "rank"), [EXACT, WIDE], ids=["exact", "wide"])
 decays = pytest.mark.parametrize("decay", [1.0, 0.97])
+# Each eigenvalue problem takes the emulator seconds: it has a few tests of its own.
+thorough = pytest.mark.parametrize("backend", ["cpu", "cuda"], indirect=True)
+emulated = pytest.mark.parametrize("backend", ["cuda-emulated"], indirect=True)
 centers = pytest.mark.parametrize("center", [False, True], ids=["plain", "centred"])
 
 
@@ -74,6 +77,7 @@ def verify(state, rows, excess=1e-6, estimate=1e-4):
     return result
 
 
+@thorough
 @kinds
 @decays
 @centers
@@ -89,6 +93,7 @@ def test_against_the_svd_of_all_rows(backend, dtype, n, rank, decay, center, cou
     )
 
 
+@thorough
 @kinds
 @centers
 def test_result_does_not_depend_on_the_blocks(backend, n, rank, center):
@@ -106,6 +111,7 @@ def test_result_does_not_depend_on_the_blocks(backend, n, rank, center):
         assert torch.equal(state.result().Vh, states[0].result().Vh)
 
 
+@thorough
 @kinds
 def test_asking_for_results_changes_nothing(backend, n, rank):
     rows = rows_of(150, n, device=backend.device)
@@ -115,6 +121,7 @@ def test_asking_for_results_changes_nothing(backend, n, rank):
     assert torch.equal(asked.result().Vh, stream(rows, rank).result().Vh)
 
 
+@thorough
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend, dtype, layout):
     rows = make(140, 20, dtype=dtype, device=backend.device, layout=layout)
@@ -123,6 +130,56 @@ def test_layouts(backend, dtype, layout):
     assert torch.equal(rows, kept)
 
 
+@emulated
+@centers
+def test_emulated_moments(backend, dtype, center):
+    """Full chunks in place and from the buffer, sparse rows, merging, results."""
+    rows = rows_of(300, 9, dtype)
+    state = stream(rows[:3], 2, center=center, decay=0.97)
+    verify(state.update(rows[3:262]).update(rows[262:]), rows)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        sparse = sm.linalg.StreamingSVD(9, 2, center=center, decay=0.97, dtype=dtype)
+        sparse.update(rows[:200].to_sparse_csr()).update(rows[200:].t().contiguous().t())
+    for name, value in sparse.state_dict().items():
+        assert torch.equal(value, state.state_dict()[name]), name
+    parts = [stream(rows[a:b], 2, center=center, decay=0.97) for a, b in ((0, 150), (150, 300))]
+    verify(parts[0].merge(parts[1]), rows)
+    kept = state.state_dict()
+    with pytest.raises(torch.linalg.LinAlgError, match="rows contain NaN or Inf"):
+        state.update(torch.full((200, 9), torch.nan, dtype=dtype))
+    assert all(torch.equal(value, kept[name]) for name, value in state.state_dict().items())
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 1e30), (torch.float64, 1e200), (torch.float64, 1e-200)]
+)
+def test_emulated_scale(backend, dtype, scale):
+    rows = (rows_of(200, 7, torch.float64) * scale).to(dtype)
+    rows[:140] /= 1e10
+    state = stream(rows, 2, center=True)
+    verify(state, rows)
+    verify(state.merge(stream(rows / 1e5, 2, center=True)), torch.cat([rows, rows / 1e5]))
+
+
+@emulated
+def test_emulated_wide_rows(backend):
+    """A factor: folded, merged, decomposed. Rows of few directions leave less to rotate."""
+    n, rank = WIDE
+    rows = torch.randn(72, 4, dtype=torch.float64) @ torch.randn(4, n, dtype=torch.float64)
+    parts = [stream(part, rank, center=True, decay=0.99) for part in (rows[:36], rows[36:])]
+    verify(parts[0].merge(parts[1]), rows, excess=2e-3, estimate=3e-2)
+
+
+@emulated
+def test_emulated_value_out_of_range(backend):
+    state = stream(torch.full((130, 5), 3e38), 2)
+    with pytest.raises(torch.linalg.LinAlgError, match="exceeds the range"):
+        state.result()
+
+
+@thorough
 @kinds
 @decays
 @centers
@@ -154,6 +211,7 @@ def test_merging_in_any_order(backend, n, rank, decay, center):
         )
 
 
+@thorough
 @kinds
 def test_merging_with_nothing_and_with_oneself(backend, n, rank):
     rows = rows_of(140, n, device=backend.device)
@@ -165,6 +223,7 @@ def test_merging_with_nothing_and_with_oneself(backend, n, rank):
     verify(state.merge(state), torch.cat([rows, rows]), excess=2e-3, estimate=3e-2)
 
 
+@thorough
 @kinds
 @pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=str)
 def test_sparse_rows(backend, dtype, n, rank, index):
@@ -191,6 +250,7 @@ def test_sparse_rows(backend, dtype, n, rank, index):
                 assert torch.equal(value, dense[name]), name
 
 
+@thorough
 @kinds
 @pytest.mark.parametrize(
     ("dtype", "scale"),
@@ -212,6 +272,7 @@ def test_scale(backend, n, rank, dtype, scale):
     verify(state.merge(other), torch.cat([rows, rows]), excess=2e-3, estimate=3e-2)
 
 
+@thorough
 @kinds
 def test_scales_that_change(backend, n, rank):
     """Each chunk of float64 rows is larger than all before it, or smaller."""
@@ -223,6 +284,7 @@ def test_scales_that_change(backend, n, rank):
         verify(parts[0].merge(parts[1]), rows, excess=2e-3, estimate=3e-2)
 
 
+@thorough
 @kinds
 @centers
 def test_degenerate(backend, n, rank, center):
@@ -236,6 +298,7 @@ def test_degenerate(backend, n, rank, center):
         verify(stream(rows.to(backend.device), rank, 60, center=center), rows)
 
 
+@thorough
 @kinds
 def test_rank_beyond_the_rows(backend, n, rank):
     rows = torch.randn(1, n, device=backend.device)
@@ -244,6 +307,7 @@ def test_rank_beyond_the_rows(backend, n, rank):
     assert result.S[1:].abs().max() <= 1e-7 * result.S[0]
 
 
+@thorough
 def test_whole_rank(backend):
     rows = rows_of(150, 9, device=backend.device)
     result = verify(stream(rows, 9, center=True), rows)
@@ -251,6 +315,7 @@ def test_whole_rank(backend):
     assert result.info.rank == 9
 
 
+@thorough
 def test_mean_far_from_the_origin(backend):
     """Second moments about the origin would lose all digits of the deviations."""
     rows = rows_of(300, 12, torch.float64, backend.device, offset=1e9)
@@ -272,6 +337,7 @@ def test_wide_rows_keep_more_than_the_rank():
     assert (A - A @ Vh.T @ Vh).norm() < (A - A @ V.T @ V).norm()
 
 
+@thorough
 def test_forgetting(backend):
     """Rows of another subspace fade; per row, hence whatever the blocks."""
     old, new = torch.eye(40)[:2].repeat(200, 1), torch.eye(40)[2:4].repeat(200, 1)
@@ -283,6 +349,7 @@ def test_forgetting(backend):
     verify(tiny.update(new.to(backend.device)), new)
 
 
+@thorough
 @kinds
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_rows_leave_the_state(backend, dtype, n, rank, bad):
@@ -302,6 +369,7 @@ def test_non_finite_rows_leave_the_state(backend, dtype, n, rank, bad):
     assert all(torch.equal(after[name], kept[name]) for name in kept)
 
 
+@thorough
 def test_value_out_of_range(backend):
     state = stream(torch.full((200, 50), 3e38, device=backend.device), 2)
     with pytest.raises(torch.linalg.LinAlgError, match="exceeds the range"):
@@ -309,6 +377,7 @@ def test_value_out_of_range(backend):
     assert float(state.mean[0]) == pytest.approx(3e38)
 
 
+@thorough
 @kinds
 def test_empty_block(backend, n, rank):
     state = stream(rows_of(40, n, device=backend.device), rank)
@@ -318,6 +387,7 @@ def test_empty_block(backend, n, rank):
     assert all(torch.equal(value, kept[name]) for name, value in state.state_dict().items())
 
 
+@thorough
 @kinds
 @centers
 def test_state_dict(backend, n, rank, center):

@@ -2,6 +2,7 @@
 // streaming_svd_cpu.cpp on the GPU: products by cuBLAS, eigenvalue problems by Jacobi's iteration.
 // Nothing waits for the device: the unit of the rows, the energy lost and failures stay there.
 #include <algorithm>
+#include <limits>
 
 #include "cuda/arena.h"
 #include "cuda/device.h"
@@ -45,11 +46,13 @@ struct Eigen {
     const int max_shared = cuda::max_shared_bytes();
     const svd_cuda::JacobiPlan plan = svd_cuda::plan_jacobi<double>(size, max_shared);
     SM_ALLOW_SHARED(svd_cuda::jacobi_kernel<double>, max_shared);
+    // Rows of a semidefinite matrix below its rounding are noise, which never becomes orthogonal.
+    const double noise = static_cast<double>(size) * std::numeric_limits<double>::epsilon();
     for (int sweep = 0; sweep < svd_cuda::kJacobiSweeps; ++sweep)
       for (int round = 0; round < plan.groups - 1; ++round)
         SM_LAUNCH(svd_cuda::jacobi_kernel<double>, static_cast<unsigned>(plan.groups / 2),
                   static_cast<unsigned>(32 * plan.group), plan.shared_bytes, stream, matrix, turned,
-                  size, plan.group, plan.groups, round, sweep, plan.staged, rotated);
+                  size, plan.group, plan.groups, round, sweep, plan.staged, noise * noise, rotated);
     SM_LAUNCH(svd_cuda::row_norms_kernel<double>, warps, kThreads, 0, stream, matrix, size, norms);
     SM_LAUNCH(svd_cuda::place_kernel<double>, warps, kThreads, 0, stream, norms, unit,
               static_cast<int>(size), place, energies);

@@ -24,7 +24,9 @@ JacobiPlan plan_jacobi(std::int64_t n, int max_shared) {
   JacobiPlan plan{};
   plan.group = kMaxGroup;
   if (n <= 2 * kMaxGroup) plan.group = static_cast<int>((n + 1) / 2);
-  const auto bytes = [&](int group) { return 4 * group * n * static_cast<std::int64_t>(sizeof(T)); };
+  const auto bytes = [&](int group) {
+    return 4 * group * n * static_cast<std::int64_t>(sizeof(T));
+  };
   while (plan.group > 4 && bytes(plan.group) > max_shared) plan.group /= 2;
   plan.staged = bytes(plan.group) <= max_shared;
   if (!plan.staged) plan.group = kMaxGroup;
@@ -64,6 +66,13 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) *scale = static_cast<T>(ldexp(1.0, exponent));
 }
 
+// R's largest entry is one or two: a row whose square is below this is zero next to it, and the
+// square loses digits, so that a pair would be rotated for ever.
+template <class T>
+constexpr T least_square() {
+  return std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
+}
+
 template <class T>
 __device__ T warp_sum(T value) {
   for (int bits = 16; bits > 0; bits /= 2) value += __shfl_xor_sync(~0u, value, bits);
@@ -72,7 +81,7 @@ __device__ T warp_sum(T value) {
 
 // One warp makes rows p and q of R orthogonal and turns those of J along; true if it had to.
 template <class T>
-__device__ bool rotate(T* rp, T* rq, T* jp, T* jq, std::int64_t n, T tolerance) {
+__device__ bool rotate(T* rp, T* rq, T* jp, T* jq, std::int64_t n, T tolerance, T least) {
   const int lane = threadIdx.x % 32;
   T pp = 0, qq = 0, pq = 0;
   for (std::int64_t i = lane; i < n; i += 32) {
@@ -84,9 +93,6 @@ __device__ bool rotate(T* rp, T* rq, T* jp, T* jq, std::int64_t n, T tolerance) 
   pp = warp_sum(pp);
   qq = warp_sum(qq);
   pq = warp_sum(pq);
-  // R's largest entry is one or two: below this a row is zero next to it, and its square loses
-  // digits, so that a pair would be rotated for ever.
-  constexpr T least = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
   if (pp < least || qq < least) return false;
   if (!(fabs(pq) > tolerance * sqrt(pp) * sqrt(qq))) return false;
   // The smaller root of t^2 + 2 zeta t - 1.
@@ -112,7 +118,7 @@ __device__ bool rotate(T* rp, T* rq, T* jp, T* jq, std::int64_t n, T tolerance) 
 template <class T>
 __global__ void __launch_bounds__(kMaxGroup * 32)
     jacobi_kernel(T* r, T* j, std::int64_t n, int group, int groups, int round, int sweep,
-                  bool staged, int* rotated) {
+                  bool staged, T least, int* rotated) {
   SM_DYNAMIC_SHARED(T, shared);
   if (sweep > 0 && rotated[sweep - 1] == 0) return;
   const int players = groups - 1, block = static_cast<int>(blockIdx.x);
@@ -146,9 +152,10 @@ __global__ void __launch_bounds__(kMaxGroup * 32)
       if (row(p) >= n || row(q) >= n) continue;
       if (staged)
         any |= rotate(shared + 2 * p * n, shared + 2 * q * n, shared + (2 * p + 1) * n,
-                      shared + (2 * q + 1) * n, n, tolerance);
+                      shared + (2 * q + 1) * n, n, tolerance, least);
       else
-        any |= rotate(r + row(p) * n, r + row(q) * n, j + row(p) * n, j + row(q) * n, n, tolerance);
+        any |= rotate(r + row(p) * n, r + row(q) * n, j + row(p) * n, j + row(q) * n, n, tolerance,
+                      least);
     }
     __syncthreads();
   }

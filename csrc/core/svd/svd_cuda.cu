@@ -253,7 +253,7 @@ class CudaEngine {
         SM_LAUNCH(jacobi_kernel<T>, static_cast<unsigned>(jacobi.groups / 2),
                   static_cast<unsigned>(32 * jacobi.group), jacobi.shared_bytes, stream, buffers_.c,
                   buffers_.j, l, jacobi.group, jacobi.groups, round, sweep, jacobi.staged,
-                  buffers_.rotated);
+                  least_square<T>(), buffers_.rotated);
     SM_LAUNCH(row_norms_kernel<T>, tiles(l, kThreads / 32), kThreads, 0, stream, buffers_.c, l,
               buffers_.norms);
     SM_LAUNCH(place_kernel<T>, tiles(l, kThreads / 32), kThreads, 0, stream, buffers_.norms,
