@@ -264,7 +264,9 @@ def test_signal_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
     """A real process, stopped between opening its output and finishing it."""
     code = (
         "import signal, sys, time; import structmat as sm; import structmat.cli as cli\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whoever runs the tests may ignore it
+        # whoever runs the tests may ignore these
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "sm.linalg.randomized_svd = lambda *a, **k: (print('now', flush=True), time.sleep(60))\n"
         "sys.argv = ['structmat', 'svd', 'A.npy', '--rank', '2', '-o', 'f.safetensors']\n"
         "cli.main()\n"
