@@ -172,6 +172,36 @@ def test_emulated_wide_rows(backend):
     verify(parts[0].merge(parts[1]), rows, excess=2e-3, estimate=3e-2)
 
 
+@thorough
+@centers
+def test_rounding_is_not_lost_energy(backend, center):
+    """Every fold leaves some, which would add up to an error of 1e-6 after 330."""
+    n, rank = WIDE
+    rows = torch.randn(640, 2, dtype=torch.float64) @ torch.randn(2, n, dtype=torch.float64)
+    state = stream((rows + 3).to(backend.device), rank, center=center)
+    assert float(state._facts[0]) == 0
+
+
+@emulated
+def test_emulated_rounding_is_not_lost_energy(backend):
+    """The first fold alone, for time."""
+    n, rank = WIDE
+    rows = torch.randn(32, 2, dtype=torch.float64) @ torch.randn(2, n, dtype=torch.float64)
+    assert float(stream(rows, rank)._facts[0]) == 0
+
+
+@emulated
+def test_emulated_forgetting(backend):
+    rows = torch.randn(300, 5, dtype=torch.float64)
+    rows[0] *= 1e170
+    verify(stream(rows, 2, decay=0.05, center=True), rows)
+    parts = [stream(part, 2, decay=0.05) for part in rows.split(150)]
+    verify(parts[0].merge(parts[1]), rows)
+    rows[:] = torch.cat([rows[1:11], torch.zeros(290, 5, dtype=torch.float64)])
+    result = verify(stream(rows, 2, decay=0.1), rows)
+    assert result.info.rank == 2
+
+
 @emulated
 def test_emulated_value_out_of_range(backend):
     state = stream(torch.full((130, 5), 3e38), 2)
@@ -351,6 +381,57 @@ def test_forgetting(backend):
 
 @thorough
 @kinds
+@centers
+def test_forgetting_what_is_large(backend, n, rank, center):
+    """float64 rows are kept in a unit that fades with them: small ones after a giant count."""
+    rows = torch.randn(3000, n, dtype=torch.float64, device=backend.device)
+    rows[0] *= 1e170
+    for decay, count in ((0.9, 3000), (0.9, 130), (0.05, 100), (0.01, 130)):
+        state = stream(rows[:count], rank, decay=decay, center=center)
+        verify(state, rows[:count], excess=2e-3, estimate=3e-2)
+        _, mean = streamed_rows(rows[:count], decay)
+        torch.testing.assert_close(state.mean.cpu(), mean, rtol=1e-9, atol=1e-9 * mean.abs().max())
+    parts = [stream(part, rank, decay=0.9, center=center) for part in rows.split(1700)]
+    verify(parts[0].merge(parts[1]), rows, excess=2e-3, estimate=3e-2)
+    rows = torch.cat([rows[:1] * 1e137, rows[1:130] * 1e-100, rows[130:300]])
+    for count in (129, 130, 300):
+        A, mean = streamed_rows(rows[:count], 1e-6)
+        state = stream(rows[:count], rank, decay=1e-6)
+        torch.testing.assert_close(state.mean.cpu(), mean, rtol=1e-9, atol=0)
+        size = A[-1].abs().max()
+        S = state.result().S.cpu()
+        assert float(S[0] / size) == pytest.approx(float((A[-1] / size).norm()), rel=1e-9)
+
+
+@thorough
+@kinds
+def test_forgetting_for_zeros(backend, n, rank):
+    """Singular values far below the root of the least float64."""
+    zeros = torch.zeros(540, n, dtype=torch.float64, device=backend.device)
+    rows = torch.cat([rows_of(10, n, torch.float64, backend.device), zeros])
+    result = verify(stream(rows, rank, decay=0.5), rows, excess=2e-3, estimate=3e-2)
+    sigma = torch.linalg.svdvals(streamed_rows(rows, 0.5)[0] * 2.0**540)[:rank]
+    torch.testing.assert_close(result.S.cpu() * 2.0**540, sigma, rtol=1e-6, atol=0)
+    assert result.info.rank == rank
+    lost = stream(rows.float(), rank, decay=0.5).result()
+    assert lost.S.abs().max() == 0
+    assert lost.info.rank == 0
+
+
+@thorough
+@pytest.mark.parametrize("n", [24, 135], ids=["exact", "wide"])
+@centers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rank_is_that_of_the_rows(backend, n, center, dtype):
+    rows = torch.randn(4000, 3, dtype=torch.float64) @ torch.randn(3, n, dtype=torch.float64)
+    rows = (rows + (5 if center else 0)).to(dtype).to(backend.device)
+    result = verify(stream(rows, 5, center=center), rows)
+    assert result.info.rank == 3
+    assert result.info.error <= 1e-6
+
+
+@thorough
+@kinds
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_rows_leave_the_state(backend, dtype, n, rank, bad):
     state = stream(rows_of(140, n, dtype, backend.device), rank)
@@ -407,6 +488,18 @@ def test_state_dict(backend, n, rank, center):
     assert kept["rows_seen"] == 170  # a copy
 
 
+@kinds
+def test_nothing_shares_memory_with_the_state(n, rank):
+    rows = rows_of(256, n, torch.float64)  # nothing is buffered
+    state = stream(rows, rank, center=True)
+    mean, copied, wanted = state.mean, copy.copy(state), state.result()
+    state.mean.fill_(7)
+    copied.update(rows[:140])
+    assert torch.equal(state.mean, mean)
+    assert torch.equal(state.result().S, wanted.S)
+    assert (state.rows_seen, copied.rows_seen) == (256, 396)
+
+
 WRONG = {
     "n_features": (ValueError, "n_features 24, wanted 25", (25, 3), {}),
     "rank": (ValueError, "rank 3, wanted 4", (24, 4), {}),
@@ -452,6 +545,27 @@ def test_states_that_are_none():
             state.load_state_dict(good | {"buffer": buffer, "rows_seen": torch.tensor(count)})
     with pytest.raises(ValueError, match="rows_seen has 2 elements"):
         state.load_state_dict(good | {"rows_seen": torch.tensor([1, 2])})
+    for wrong in (None, 3):
+        with pytest.raises(TypeError, match="state must be a mapping"):
+            state.load_state_dict(wrong)
+    for count in (140.7, float("inf"), True):
+        with pytest.raises(ValueError, match=r"rows_seen is .*, wanted an integer"):
+            state.load_state_dict(good | {"rows_seen": torch.tensor(count)})
+    with pytest.raises(ValueError, match="12 rows of 11 are in the buffer"):
+        state.load_state_dict(good | {"rows_seen": torch.tensor(11)})
+    for name in ("buffer", "factor", "mean", "facts"):
+        spoilt = good[name].clone()
+        spoilt.view(-1)[0] = torch.nan
+        with pytest.raises(ValueError, match=f"{name} contains NaN or Inf"):
+            state.load_state_dict(good | {name: spoilt})
+        for other in (good[name].to("meta"), good[name].to_sparse()):
+            with pytest.raises(TypeError, match=f"{name} must be dense"):
+                state.load_state_dict(good | {name: other})
+    for facts in ([-1.0, 0.0], [0.0, -1.0], [0.0, 1.0]):
+        with pytest.raises(ValueError, match="which no rows lead to"):
+            state.load_state_dict(good | {"facts": torch.tensor(facts, dtype=torch.float64)})
+    learnt = {name: good[name].clone().requires_grad_() for name in ("buffer", "factor")}
+    assert not any(t.requires_grad for t in state.load_state_dict(good | learnt)._tensors())
     assert all(torch.equal(value, kept[key]) for key, value in state.state_dict().items())
 
 
@@ -506,6 +620,7 @@ BAD_SETTINGS = [
     (ValueError, "rank is 6", (5, 6), {}),
     (TypeError, "rank must be an integer, got float", (5, 2.0), {}),
     (TypeError, "n_features must be an integer, got str", ("5", 2), {}),
+    (ValueError, "rank is 5000 of 40000 columns, wanted at most 4992", (40000, 5000), {}),
     (ValueError, "decay is 0", (5, 2), {"decay": 0}),
     (ValueError, "decay is 1.5", (5, 2), {"decay": 1.5}),
     (ValueError, "decay is nan", (5, 2), {"decay": float("nan")}),
@@ -522,6 +637,18 @@ BAD_SETTINGS = [
 def test_bad_settings(error, message, sizes, settings):
     with pytest.raises(error, match=message):
         sm.linalg.StreamingSVD(*sizes, **settings)
+
+
+def test_numpy_numbers():
+    numpy = pytest.importorskip("numpy")
+    state = sm.linalg.StreamingSVD(numpy.int64(5), numpy.int32(2), decay=numpy.float32(0.5))
+    assert repr(state) == repr(sm.linalg.StreamingSVD(5, 2, decay=0.5))
+
+
+def test_shapes_that_lapack_takes():
+    shape = torch.ops.structmat.streaming_svd_shape
+    assert shape(32766, 4992) == (32766, 128)
+    assert shape(32767, 4992) == (10000, 10000)
 
 
 def test_no_rows():
@@ -574,7 +701,7 @@ def test_opcheck():
     check(ops.streaming_svd_merge.default, (*facts, *other, 140, 12))
     columns = (torch.tensor([0, 1, 3]), torch.tensor([5, 1, 2]), torch.ones(3))
     check(ops.streaming_svd_update_csr.default, (*facts, *columns))
-    folded = (*state._folded(), *state._settings(), 140, 0)
+    folded = (*state._folded("test"), *state._settings(), 140, 0)
     check(ops.streaming_svd_result.default, folded)
 
 

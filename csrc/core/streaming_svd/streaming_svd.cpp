@@ -122,9 +122,10 @@ StreamingSvdShape streaming_svd_shape(std::int64_t n, std::int64_t rank) {
                   "streaming_svd: rank is " + std::to_string(rank) + " of " + std::to_string(n) +
                       " columns, wanted 1 to the number of columns");
   const std::int64_t keep = (2 * rank + 16 + 15) / 16 * 16;
-  if (n <= kExactWidth * keep) return {n, kExactChunk, true};
-  STRUCTMAT_CHECK(keep <= 10000, "streaming_svd: rank is " + std::to_string(rank) +
-                                     ", wanted at most 4984 (LAPACK counts in 32 bits)");
+  if (n <= std::min(kExactWidth * keep, kLargestProblem)) return {n, kExactChunk, true};
+  STRUCTMAT_CHECK(keep <= 10000, "streaming_svd: rank is " + std::to_string(rank) + " of " +
+                                     std::to_string(n) +
+                                     " columns, wanted at most 4992 of more than 32766");
   return {keep, keep, false};
 }
 

@@ -22,7 +22,6 @@ namespace {
 
 constexpr std::int64_t kStrip = 64;   // columns of a chunk prepared at a time
 constexpr std::int64_t kPanel = 256;  // columns of the factor made at a time
-constexpr double kLeastUnit = std::numeric_limits<double>::min();  // its inverse is finite
 
 int to_int(std::int64_t size) {
   STRUCTMAT_CHECK(size <= std::numeric_limits<int>::max(),
@@ -63,32 +62,42 @@ struct State {
         mean(static_cast<double*>(s.mean.data)),
         facts(static_cast<double*>(s.facts.data)) {}
 
-  // Scratch: the factor, where it is one, and the rows that join it.
+  // Scratch: the factor, where it is one, the rows that join it, and the new mean. The state takes
+  // it over when nothing can fail any more.
   double* rows(double* stack) const { return exact ? stack : stack + keep * n; }
+  double* new_mean(double* stack) const { return stack + depth() * n; }
   double* stack() const {
     static thread_local Scratch scratch;
-    return scratch.get<double>(((exact ? chunk : 2 * keep) + 1) * n);
+    return scratch.get<double>((depth() + 1) * n);
   }
+  void commit(const double* stack, double largest) const {
+    std::copy_n(stack + depth() * n, n, mean);
+    facts[1] = largest;
+  }
+
+ private:
+  std::int64_t depth() const { return (exact ? chunk : 2 * keep) + 1; }
 };
 
-// The largest magnitude in float64 rows.
-double largest(const Context& context, const StridedMatrixView& rows) {
+// The largest magnitude in float64 rows, weighted by decay^(count - 1 - i).
+double largest(const Context& context, const StridedMatrixView& rows, double decay) {
   std::vector<double> found(static_cast<std::size_t>(rows.rows), 0.0);
   parallel_for(context, rows.rows, [&](std::int64_t i) {
     const double* row = static_cast<const double*>(rows.data) + i * rows.row_stride;
     double value = 0;
     for (std::int64_t j = 0; j < rows.cols; ++j)
       value = std::max(value, std::abs(row[j * rows.col_stride]));
-    found[static_cast<std::size_t>(i)] = value;
+    found[static_cast<std::size_t>(i)] =
+        value * streaming_svd_faded(decayed(decay, rows.rows - 1 - i));
   });
   return *std::max_element(found.begin(), found.end());
 }
 
 // out = the chunk in units of `unit`, weighted by decay^(count - 1 - i) and, with `center`, about
-// its mean, then the row of the join; the state's mean becomes that of all.
+// its mean, then the row of the join; new_mean = that of all.
 template <class T, class Stride>
 void prepare(const Context& context, const StreamingSvdState& s, const StridedMatrixView& rows,
-             const StreamingJoin& join, double unit, Stride stride, double* out) {
+             const StreamingJoin& join, double unit, Stride stride, double* out, double* new_mean) {
   const State state(s);
   const std::int64_t n = state.n, count = rows.rows;
   const double inverse = 1 / unit, total = 1 / decayed_count(s.decay, count);
@@ -113,7 +122,7 @@ void prepare(const Context& context, const StreamingSvdState& s, const StridedMa
     for (std::int64_t j = 0; j < width; ++j) {
       const double earlier = state.mean[first + j] * inverse;
       distance[j] = mean[j] - earlier;
-      state.mean[first + j] = (earlier + join.share * distance[j]) * unit;
+      new_mean[first + j] = (earlier + join.share * distance[j]) * unit;
       if (!s.center) mean[j] = 0;
     }
     for (std::int64_t i = 0; i < count; ++i) {
@@ -139,6 +148,9 @@ void eigen(std::int64_t size, double* matrix, double* energies) {
   for (std::int64_t j = 0; j < size; ++j)
     for (std::int64_t i = 0; i <= j; ++i)
       if (std::abs(matrix[i + j * size]) < least) matrix[i + j * size] = 0;
+  STRUCTMAT_CHECK(size <= kLargestProblem, "streaming_svd: an eigenvalue problem of " +
+                                               std::to_string(size) + " rows, wanted at most " +
+                                               std::to_string(kLargestProblem));
   if (!blas::syevd(to_int(size), matrix, to_int(size), energies))
     throw LinAlgError("streaming_svd: an eigenvalue problem did not converge");
 }
@@ -174,17 +186,13 @@ void absorb(const Context& context, const State& s, double* stack, std::int64_t 
                });
   eigen(size, gram, energies);
   double lost = 0;
-  for (std::int64_t i = 0; i < count; ++i) lost += std::max(energies[i], 0.0);
+  const double noise = streaming_svd_noise(size, energies[size - 1]);
+  for (std::int64_t i = 0; i < count; ++i) lost += energies[i] > noise ? energies[i] : 0.0;
   s.facts[0] = scale * scale * s.facts[0] + lost;
   tiles(context, s.n, kPanel, [&](std::int64_t first, std::int64_t last) {
     blas::gemm('N', 'N', to_int(last - first), to_int(s.keep), k, 1.0, stack + first, n,
                gram + count * size, k, 0.0, s.factor + first, n);
   });
-}
-
-// Of zeros alone, and of rows whose squares cannot leave the range of float64, it is 1.
-double unit_of(const State& s) {
-  return s.facts[1] > 0 ? s.facts[1] : 1.0;
 }
 
 // One row of Vh, its entry of largest magnitude made positive, and its singular value; false where
@@ -205,7 +213,7 @@ void result(const Context& context, const StreamingSvdState& s, std::uint64_t se
             MatrixView vh, SvdInfo* info) {
   const State state(s);
   const std::int64_t n = state.n, k = s.rank;
-  const double unit = unit_of(state);
+  const double unit = streaming_svd_unit(state.facts[1]);
   static thread_local Scratch scratch;
   double *sigma, *rows, kept = 0, lost = state.facts[0];
   std::int64_t step;
@@ -248,7 +256,9 @@ void result(const Context& context, const StreamingSvdState& s, std::uint64_t se
     throw LinAlgError("streaming_svd: a singular value exceeds the range of its type");
   const double floor =
       sigma[0] * streaming_svd_resolution(n, state.exact, std::numeric_limits<T>::epsilon());
-  const auto rank = std::count_if(sigma, sigma + k, [&](double value) { return value > floor; });
+  const auto rank = std::count_if(sigma, sigma + k, [&](double value) {
+    return value > floor && static_cast<T>(value * unit) > 0;
+  });
   *info = streaming_svd_info(kept, lost, static_cast<double>(rank), k == n, unit);
 }
 
@@ -302,39 +312,37 @@ void streaming_svd_fold_cpu(const Context& context, const StreamingSvdState& s,
                             const StridedMatrixView& rows) {
   const State state(s);
   double* stack = state.stack();
-  const double earlier = unit_of(state);
-  if (s.buffer.dtype == DType::f64) {
-    const double here = largest(context, rows);
-    const double unit = here > 0 ? std::max(std::ldexp(1.0, std::ilogb(here)), kLeastUnit) : 0.0;
-    state.facts[1] = std::max(unit, state.facts[1]);
-  }
-  // Nothing but zeros has no unit: their ratio does not matter.
-  const double unit = unit_of(state), ratio = std::min(1.0, earlier / unit);
   const StreamingJoin join(s, rows.rows);
+  const double now = s.buffer.dtype == DType::f64
+                         ? std::max(largest(context, rows, s.decay),
+                                    state.facts[1] * streaming_svd_faded(join.factor))
+                         : 0.0;
+  const double unit = streaming_svd_unit(now);
   dispatch_dtype(s.buffer.dtype, [&](auto element) {
     using T = decltype(element);
     if (rows.col_stride == 1)
       prepare<T>(context, s, rows, join, unit, std::integral_constant<std::int64_t, 1>{},
-                 state.rows(stack));
+                 state.rows(stack), state.new_mean(stack));
     else
-      prepare<T>(context, s, rows, join, unit, rows.col_stride, state.rows(stack));
+      prepare<T>(context, s, rows, join, unit, rows.col_stride, state.rows(stack),
+                 state.new_mean(stack));
   });
-  absorb(context, state, stack, rows.rows + (s.center ? 1 : 0), join.factor * ratio);
+  absorb(context, state, stack, rows.rows + (s.center ? 1 : 0),
+         join.factor * streaming_svd_ratio(state.facts[1], now));
+  state.commit(stack, now);
 }
 
 void streaming_svd_merge_cpu(const Context& context, const StreamingSvdState& s,
                              const StreamingSvdState& other) {
   const State state(s), later(other);
   const StreamingJoin join(s, other.rows - other.buffered);
-  const double earlier = unit_of(state);
-  state.facts[1] = std::max(state.facts[1], later.facts[1]);
-  const double unit = unit_of(state);
-  const double ratio = std::min(1.0, earlier / unit);
-  const double later_ratio = std::min(1.0, unit_of(later) / unit);
+  const double now = std::max(state.facts[1] * streaming_svd_faded(join.factor), later.facts[1]);
+  const double unit = streaming_svd_unit(now);
+  const double later_ratio = streaming_svd_ratio(later.facts[1], now);
   const std::int64_t n = state.n;
   double* stack = state.stack();
   double* rows = state.rows(stack);
-  double scale = join.factor * ratio;
+  double scale = join.factor * streaming_svd_ratio(state.facts[1], now);
   if (state.exact) {
     parallel_for(context, n, [&](std::int64_t i) {
       for (std::int64_t j = i * n; j <= i * n + i; ++j)
@@ -351,11 +359,12 @@ void streaming_svd_merge_cpu(const Context& context, const StreamingSvdState& s,
   for (std::int64_t j = 0; j < n; ++j) {
     const double distance = later.mean[j] / unit - state.mean[j] / unit;
     rows[j] = join.between * distance;
-    state.mean[j] = (state.mean[j] / unit + join.share * distance) * unit;
+    state.new_mean(stack)[j] = (state.mean[j] / unit + join.share * distance) * unit;
   }
   const std::int64_t center = s.center ? 1 : 0;
   absorb(context, state, stack, (state.exact ? 0 : later.keep) + center, scale);
   state.facts[0] += later_ratio * later_ratio * later.facts[0];
+  state.commit(stack, now);
 }
 
 void streaming_svd_result_cpu(const Context& context, const StreamingSvdState& s,

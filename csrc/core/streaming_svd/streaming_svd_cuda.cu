@@ -2,7 +2,6 @@
 // streaming_svd_cpu.cpp on the GPU: products by cuBLAS, eigenvalue problems by Jacobi's iteration.
 // Nothing waits for the device: the unit of the rows, the energy lost and failures stay there.
 #include <algorithm>
-#include <limits>
 
 #include "cuda/arena.h"
 #include "cuda/device.h"
@@ -47,7 +46,7 @@ struct Eigen {
     const svd_cuda::JacobiPlan plan = svd_cuda::plan_jacobi<double>(size, max_shared);
     SM_ALLOW_SHARED(svd_cuda::jacobi_kernel<double>, max_shared);
     // Rows of a semidefinite matrix below its rounding are noise, which never becomes orthogonal.
-    const double noise = static_cast<double>(size) * std::numeric_limits<double>::epsilon();
+    const double noise = streaming_svd_noise(size, 1);
     for (int sweep = 0; sweep < svd_cuda::kJacobiSweeps; ++sweep)
       for (int round = 0; round < plan.groups - 1; ++round)
         SM_LAUNCH(svd_cuda::jacobi_kernel<double>, static_cast<unsigned>(plan.groups / 2),
@@ -62,16 +61,14 @@ struct Eigen {
 };
 
 struct Buffers {
-  double *stack, *ratios, *extremes;
-  svd_cuda::State* state;
+  double *stack, *ratios, *largest;
   void* gemm;
 
   Buffers(cuda::Arena& arena, const StreamingSvdState& s) {
     const std::int64_t n = s.buffer.cols, chunk = s.buffer.rows;
     stack = arena.take<double>(((is_exact(s) ? chunk : 2 * s.factor.rows) + 1) * n);
     ratios = arena.take<double>(2);
-    extremes = arena.take<double>(svd_cuda::kMaxSlabs * n);
-    state = arena.take<svd_cuda::State>(1);
+    largest = arena.take<double>(chunk);
     gemm = arena.take<unsigned char>(cuda::kGemmWorkspace);
   }
   static bool is_exact(const StreamingSvdState& s) { return s.factor.rows == s.buffer.cols; }
@@ -96,13 +93,11 @@ class Engine {
     void* stream = context_.stream;
     const bool ranged = s_.buffer.dtype == DType::f64;
     if (ranged) {
-      const Panel<double> panel{const_cast<double*>(static_cast<const double*>(rows.data)),
-                                rows.rows, n_, rows.row_stride};
-      const unsigned slabs = svd_cuda::slab_count(rows.rows);
-      SM_LAUNCH(svd_cuda::extremes_kernel<double>, dim3(tiles(n_, 32), slabs), kThreads, 0, stream,
-                panel, buffers_.extremes, buffers_.state);
-      SM_LAUNCH(unit_kernel, 1, kThreads, 0, stream, buffers_.extremes, slabs * n_, facts_,
-                buffers_.ratios);
+      SM_LAUNCH(largest_kernel, static_cast<unsigned>(rows.rows), kThreads, 0, stream,
+                static_cast<const double*>(rows.data), rows.row_stride, n_, s_.decay,
+                buffers_.largest);
+      SM_LAUNCH(unit_kernel, 1, kThreads, 0, stream, buffers_.largest, rows.rows, join.factor,
+                facts_, buffers_.ratios);
     }
     dispatch_dtype(s_.buffer.dtype, [&](auto element) {
       using T = decltype(element);
@@ -120,7 +115,7 @@ class Engine {
     const auto* factor = static_cast<const double*>(other.factor.data);
     const auto* facts = static_cast<const double*>(other.facts.data);
     const double *mine = buffers_.ratios, *theirs = buffers_.ratios + 1;
-    SM_LAUNCH(merge_units_kernel, 1, 1, 0, stream, facts_, facts, buffers_.ratios);
+    SM_LAUNCH(merge_units_kernel, 1, 1, 0, stream, facts_, facts, join.factor, buffers_.ratios);
     double* row = behind();
     if (exact_) {
       scale(factor_, factor_, n_ * n_, join.factor, mine, true);

@@ -32,31 +32,48 @@ __device__ inline std::int64_t index_step() {
 }
 
 __device__ inline double unit_of(const double* facts) {
-  return facts[1] > 0 ? facts[1] : 1.0;
+  return streaming_svd_unit(facts[1]);
 }
 
-// The unit of all rows so far, from the extreme entries of new ones; ratio <- the earlier one over
-// it. One block.
-__global__ void __launch_bounds__(kThreads)
-    unit_kernel(const double* extremes, std::int64_t count, double* facts, double* ratio) {
+// The largest of a block's values, for its first thread.
+__device__ inline double block_max(double mine) {
   __shared__ double largest[kThreads];
-  double mine = 0;
-  for (std::int64_t i = threadIdx.x; i < count; i += kThreads)
-    mine = fabs(extremes[i]) > mine ? fabs(extremes[i]) : mine;
   largest[threadIdx.x] = mine;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < half && largest[threadIdx.x + half] > largest[threadIdx.x])
       largest[threadIdx.x] = largest[threadIdx.x + half];
   }
-  __syncthreads();
+  return largest[threadIdx.x];
+}
+
+// found[i] <- the largest magnitude in row i, weighted by decay^(count - 1 - i). One block a row.
+__global__ void __launch_bounds__(kThreads)
+    largest_kernel(const double* rows, std::int64_t row_stride, std::int64_t n, double decay,
+                   double* found) {
+  const double* row = rows + static_cast<std::int64_t>(blockIdx.x) * row_stride;
+  double mine = 0;
+  for (std::int64_t j = threadIdx.x; j < n; j += kThreads)
+    mine = fabs(row[j]) > mine ? fabs(row[j]) : mine;
+  mine = block_max(mine);
+  const double weight =
+      decay == 1 ? 1.0 : pow(decay, static_cast<double>(gridDim.x - 1 - blockIdx.x));
+  if (threadIdx.x == 0) found[blockIdx.x] = mine * streaming_svd_faded(weight);
+}
+
+// The largest magnitude of all rows so far, from those of new ones and the weight of earlier ones;
+// ratio <- the earlier unit over the new one. One block.
+__global__ void __launch_bounds__(kThreads)
+    unit_kernel(const double* found, std::int64_t count, double weight, double* facts,
+                double* ratio) {
+  double mine = 0;
+  for (std::int64_t i = threadIdx.x; i < count; i += kThreads)
+    mine = found[i] > mine ? found[i] : mine;
+  mine = block_max(mine);
   if (threadIdx.x != 0) return;
-  const double earlier = unit_of(facts), least = std::numeric_limits<double>::min();
-  double unit = largest[0] > 0 ? ldexp(1.0, ilogb(largest[0])) : 0.0;
-  if (unit > 0 && unit < least) unit = least;
-  if (unit > facts[1]) facts[1] = unit;
-  const double quotient = earlier / unit_of(facts);
-  *ratio = quotient < 1 ? quotient : 1.0;
+  const double earlier = facts[1], faded = earlier * streaming_svd_faded(weight);
+  facts[1] = mine > faded ? mine : faded;
+  *ratio = streaming_svd_ratio(earlier, facts[1]);
 }
 
 // out (count, n) <- the rows in units of the state's, weighted by decay^(count - 1 - i) and, with
@@ -113,21 +130,23 @@ __global__ void __launch_bounds__(kThreads)
     to[i] += *ratio * *ratio * from[i];
 }
 
-// Energy of all eigenvalues but the first `kept`; NaN where the iteration did not end.
+// Energy of all eigenvalues but the first `kept`, without rounding, of which there is some in every
+// fold; NaN where the iteration did not end.
 __global__ void lost_kernel(const double* energies, std::int64_t kept, std::int64_t size, double by,
                             const double* ratio, const int* rotated, double* facts) {
   const double factor = ratio == nullptr ? by : by * *ratio;
+  const double noise = streaming_svd_noise(size, energies[0]);
   double lost = factor * factor * facts[0];
-  for (std::int64_t i = kept; i < size; ++i) lost += energies[i];
+  for (std::int64_t i = kept; i < size; ++i) lost += energies[i] > noise ? energies[i] : 0.0;
   facts[0] = *rotated != 0 ? std::numeric_limits<double>::quiet_NaN() : lost;
 }
 
-__global__ void merge_units_kernel(double* facts, const double* other, double* ratios) {
-  const double earlier = unit_of(facts);
-  if (other[1] > facts[1]) facts[1] = other[1];
-  const double mine = earlier / unit_of(facts), theirs = unit_of(other) / unit_of(facts);
-  ratios[0] = mine < 1 ? mine : 1.0;
-  ratios[1] = theirs < 1 ? theirs : 1.0;
+__global__ void merge_units_kernel(double* facts, const double* other, double weight,
+                                   double* ratios) {
+  const double earlier = facts[1], faded = earlier * streaming_svd_faded(weight);
+  facts[1] = other[1] > faded ? other[1] : faded;
+  ratios[0] = streaming_svd_ratio(earlier, facts[1]);
+  ratios[1] = streaming_svd_ratio(other[1], facts[1]);
 }
 __global__ void merge_lost_kernel(double* facts, const double* other, const double* ratio) {
   facts[0] += *ratio * *ratio * other[0];
@@ -206,7 +225,7 @@ __global__ void info_kernel(Vectors found, std::int64_t n, std::int64_t k, const
   for (std::int64_t i = 0; i < k; ++i) {
     const double sigma = found.sigma(i);
     kept += sigma * sigma;
-    rank += sigma > floor ? 1 : 0;
+    rank += sigma > floor && static_cast<T>(sigma * unit) > 0 ? 1 : 0;
   }
   if (found.energies) {
     for (std::int64_t i = k; i < n; ++i) lost += found.values[i];

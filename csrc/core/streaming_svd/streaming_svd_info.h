@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The facts reported with a result. For host and device code.
+// The units of a state's rows and the facts reported with a result. For host and device code.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -9,6 +9,27 @@
 #include "structmat/svd.h"
 
 namespace structmat {
+
+// float64 rows are kept in units of the power of two below facts[1], their largest magnitude, which
+// fades as they do: squares neither overflow nor vanish.
+STRUCTMAT_HOST_DEVICE inline double streaming_svd_unit(double largest) {
+  if (!(largest > 0)) return 1.0;
+  const double least = std::numeric_limits<double>::min();  // its inverse is finite
+  return largest < least ? least : ldexp(1.0, ilogb(largest));
+}
+// From the unit of rows up to `from` to that of rows up to `to`.
+STRUCTMAT_HOST_DEVICE inline double streaming_svd_ratio(double from, double to) {
+  return from > 0 ? streaming_svd_unit(from) / streaming_svd_unit(to) : 1.0;
+}
+// The weight of old rows in facts[1]: bounded, so that they stay finite in units of it.
+STRUCTMAT_HOST_DEVICE inline double streaming_svd_faded(double weight) {
+  return weight < 0x1p-1000 ? 0x1p-1000 : weight;
+}
+
+// Eigenvalues below this are rounding, given the largest of a matrix of `size` rows.
+STRUCTMAT_HOST_DEVICE inline double streaming_svd_noise(std::int64_t size, double largest) {
+  return static_cast<double>(size) * std::numeric_limits<double>::epsilon() * largest;
+}
 
 // Singular values of n columns below this share of the first are rounding. Those of second moments
 // are roots of eigenvalues, hence known to the root of float64's precision.

@@ -8,6 +8,9 @@
 
 namespace structmat {
 
+// LAPACK's dsyevd counts its 1 + 6 n + 2 n^2 elements of work space in 32 bits.
+constexpr std::int64_t kLargestProblem = 32766;
+
 // The sum of decay^(2 i) over i < count: the weight of that many rows.
 inline double decayed_count(double decay, std::int64_t count) {
   if (decay == 1) return static_cast<double>(count);

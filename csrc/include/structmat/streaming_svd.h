@@ -30,8 +30,9 @@ struct StreamingSvdState {
   MatrixView factor;  // (keep, n) float64: F with F^T F ~ A^T A; where exact A^T A, of which the
                       // lower triangle is set
   VectorView mean;    // (n) float64, of the rows that `factor` holds, weighted by decay^(2 (N - i))
-  VectorView facts;   // (2) float64: energy lost from `factor`; power of two that its rows are
-                      // multiples of (float64 rows only; 0: none yet)
+  VectorView facts;   // (2) float64: energy lost from `factor`; the largest magnitude of its rows,
+                      // faded by decay, which are in units of the power of two below (float64
+                      // rows only; 0: none yet)
   std::int64_t rows = 0;      // N
   std::int64_t buffered = 0;  // less than chunk
 };
@@ -47,7 +48,8 @@ struct CsrView {
 };
 
 // Appends rows of the buffer's type. They must be finite (see below); the result depends on the
-// rows alone, bit for bit, not on how they are cut into calls.
+// rows alone, bit for bit, not on how they are cut into calls. An error within leaves what `state`
+// shows as it was, on the CPU and within the first chunk that it fills; else the state is lost.
 STRUCTMAT_API void streaming_svd_update(const Context& context, StreamingSvdState& state,
                                         const StridedMatrixView& rows);
 STRUCTMAT_API void streaming_svd_update(const Context& context, StreamingSvdState& state,
