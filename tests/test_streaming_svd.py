@@ -651,6 +651,19 @@ def test_shapes_that_lapack_takes():
     assert shape(32767, 4992) == (10000, 10000)
 
 
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+def test_graphs_are_refused(backend):
+    """A replay would write rows where those of the capture lay, and not count them."""
+    rows = rows_of(140, 24, device=backend.device)
+    state, other = stream(rows, 3), stream(rows, 3)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        rows = rows + 1
+        for call in (lambda: state.update(rows), lambda: state.merge(other), state.result):
+            with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
+                call()
+    assert state.rows_seen == 140
+
+
 def test_no_rows():
     state = sm.linalg.StreamingSVD(5, 2)
     for ask in (state.result, lambda: state.mean):
