@@ -184,10 +184,10 @@ def test_rounding_is_not_lost_energy(backend, center):
 
 @emulated
 def test_emulated_rounding_is_not_lost_energy(backend):
-    """The first fold alone, for time."""
+    """Two folds, the second a small one for time."""
     n, rank = WIDE
-    rows = torch.randn(32, 2, dtype=torch.float64) @ torch.randn(2, n, dtype=torch.float64)
-    assert float(stream(rows, rank)._facts[0]) == 0
+    rows = torch.randn(34, 1, dtype=torch.float64) @ torch.randn(1, n, dtype=torch.float64)
+    assert float(stream(rows, rank)._folded("test")[3][0]) == 0
 
 
 @emulated
@@ -386,12 +386,12 @@ def test_forgetting_what_is_large(backend, n, rank, center):
     """float64 rows are kept in a unit that fades with them: small ones after a giant count."""
     rows = torch.randn(3000, n, dtype=torch.float64, device=backend.device)
     rows[0] *= 1e170
-    for decay, count in ((0.9, 3000), (0.9, 130), (0.05, 100), (0.01, 130)):
+    for decay, count in ((0.85, 3000), (0.85, 2405), (0.05, 140), (0.01, 130)):
         state = stream(rows[:count], rank, decay=decay, center=center)
         verify(state, rows[:count], excess=2e-3, estimate=3e-2)
         _, mean = streamed_rows(rows[:count], decay)
         torch.testing.assert_close(state.mean.cpu(), mean, rtol=1e-9, atol=1e-9 * mean.abs().max())
-    parts = [stream(part, rank, decay=0.9, center=center) for part in rows.split(1700)]
+    parts = [stream(part, rank, decay=0.85, center=center) for part in rows.split(1700)]
     verify(parts[0].merge(parts[1]), rows, excess=2e-3, estimate=3e-2)
     rows = torch.cat([rows[:1] * 1e137, rows[1:130] * 1e-100, rows[130:300]])
     for count in (129, 130, 300):
