@@ -11,6 +11,7 @@
 
 #include "structmat/context.h"
 #include "structmat/matrix.h"
+#include "structmat/svd.h"
 
 // Exported by libtorch_cuda only. A weak reference lets this library load next to a CPU-only
 // libtorch, where the address is null and no CUDA tensor can exist.
@@ -118,6 +119,11 @@ inline MatrixView matrix_view(const Tensor& t, const char* op, const char* name)
   STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", t.dim());
   return {t.data_ptr(), dtype_of(t, op, name), t.size(0), t.size(1),
           t.size(0) > 1 ? t.stride(0) : t.size(1)};
+}
+
+inline StridedMatrixView strided_matrix_view(const Tensor& t, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", t.dim());
+  return {t.data_ptr(), dtype_of(t, op, name), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
 constexpr std::size_t kMaxDims = 64;  // torch's own limit

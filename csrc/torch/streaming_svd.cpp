@@ -36,11 +36,6 @@ StreamingSvdState state_of(const Tensor& buffer, const Tensor& factor, const Ten
   return s;
 }
 
-StridedMatrixView strided_view(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", t.dim());
-  return {t.data_ptr(), dtype_of(t, op, name), t.size(0), t.size(1), t.stride(0), t.stride(1)};
-}
-
 void update(const Tensor& buffer, const Tensor& factor, const Tensor& mean, const Tensor& facts,
             std::int64_t rank, double decay, bool center, std::int64_t seen, std::int64_t buffered,
             const Tensor& rows) {
@@ -48,7 +43,7 @@ void update(const Tensor& buffer, const Tensor& factor, const Tensor& mean, cons
   check_same_device(buffer, rows, op, "rows");
   Scope scope(buffer);
   scope.lend_workspace(buffer, streaming_svd_workspace(scope.context, s));
-  streaming_svd_update(scope.context, s, strided_view(rows, "rows"));
+  streaming_svd_update(scope.context, s, strided_matrix_view(rows, op, "rows"));
 }
 
 void update_csr(const Tensor& buffer, const Tensor& factor, const Tensor& mean, const Tensor& facts,
@@ -82,7 +77,7 @@ void update_csr(const Tensor& buffer, const Tensor& factor, const Tensor& mean, 
 Tensor check(const Tensor& values) {
   Tensor finite = torch::stable::new_empty(values, {}, ScalarType::Double);
   Scope scope(values);
-  streaming_svd_check(scope.context, strided_view(values, "rows"),
+  streaming_svd_check(scope.context, strided_matrix_view(values, op, "rows"),
                       static_cast<double*>(finite.data_ptr()));
   return finite;
 }

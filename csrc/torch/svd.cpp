@@ -19,10 +19,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> randomized_svd(const Tensor& A, std::
                                                           std::optional<std::int64_t> sweeps,
                                                           std::int64_t seed) {
   constexpr const char* op = "randomized_svd";
-  STD_TORCH_CHECK(A.dim() == 2, op, ": A must have 2 dimensions, got ", A.dim());
+  const StridedMatrixView a = strided_matrix_view(A, op, "A");
   STD_TORCH_CHECK(seed >= 0, op, ": seed is ", seed, ", wanted 0 to 2^63 - 1");
-  const std::int64_t m = A.size(0), n = A.size(1);
-  const StridedMatrixView a(A.data_ptr(), dtype_of(A, op, "A"), m, n, A.stride(0), A.stride(1));
+  const std::int64_t m = a.rows, n = a.cols;
   const SvdOptions options{rank, oversample, sweeps, static_cast<std::uint64_t>(seed)};
   const auto dtype = a.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
 

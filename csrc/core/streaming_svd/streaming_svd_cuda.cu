@@ -37,26 +37,11 @@ struct Eigen {
   // energies <- the eigenvalues of `matrix`, positive semidefinite, descending; vectors (size,
   // count) <- the leading eigenvectors.
   void solve(const Context& context, std::int64_t size, std::int64_t count) const {
-    void* stream = context.stream;
-    constexpr unsigned kThreads = svd_cuda::kThreads;
-    const auto warps = static_cast<unsigned>((size + kThreads / 32 - 1) / (kThreads / 32));
-    SM_LAUNCH(svd_cuda::jacobi_start_kernel<double>, 1, kThreads, 0, stream, matrix, turned, size,
-              unit, rotated, state);
-    const int max_shared = cuda::max_shared_bytes();
-    const svd_cuda::JacobiPlan plan = svd_cuda::plan_jacobi<double>(size, max_shared);
-    SM_ALLOW_SHARED(svd_cuda::jacobi_kernel<double>, max_shared);
     // Rows of a semidefinite matrix below its rounding are noise, which never becomes orthogonal.
     const double noise = streaming_svd_noise(size, 1);
-    for (int sweep = 0; sweep < svd_cuda::kJacobiSweeps; ++sweep)
-      for (int round = 0; round < plan.groups - 1; ++round)
-        SM_LAUNCH(svd_cuda::jacobi_kernel<double>, static_cast<unsigned>(plan.groups / 2),
-                  static_cast<unsigned>(32 * plan.group), plan.shared_bytes, stream, matrix, turned,
-                  size, plan.group, plan.groups, round, sweep, plan.staged, noise * noise, rotated);
-    SM_LAUNCH(svd_cuda::row_norms_kernel<double>, warps, kThreads, 0, stream, matrix, size, norms);
-    SM_LAUNCH(svd_cuda::place_kernel<double>, warps, kThreads, 0, stream, norms, unit,
-              static_cast<int>(size), place, energies);
-    SM_LAUNCH(svd_cuda::sort_kernel<double>, static_cast<unsigned>(size), kThreads, 0, stream,
-              matrix, turned, place, size, count, unused, vectors);
+    const svd_cuda::Jacobi<double> jacobi{matrix, turned,  norms, energies, unit,
+                                          unused, vectors, place, rotated,  state};
+    svd_cuda::jacobi_svd<double>(context.stream, jacobi, size, count, noise * noise);
   }
 };
 
@@ -208,21 +193,10 @@ class Engine {
   void gemm(bool trans_a, bool trans_b, std::int64_t m, std::int64_t n, std::int64_t k,
             const double* a, std::int64_t lda, const double* b, std::int64_t ldb, double beta,
             double* c, std::int64_t ldc) {
-    cuda::Gemm g;
-    g.trans_a = trans_a;
-    g.trans_b = trans_b;
-    g.m = m;
-    g.n = n;
-    g.k = k;
-    g.dtype = g.out = DType::f64;
-    g.a = a;
-    g.lda = lda;
-    g.b = b;
-    g.ldb = ldb;
-    g.c = c;
-    g.ldc = ldc;
-    g.beta = beta;
-    cuda::gemm(context_, g, buffers_.gemm);
+    constexpr DType wide = DType::f64;
+    const cuda::Gemm product{trans_a, trans_b, m,   n,    k,    a, lda, b,
+                             ldb,     c,       ldc, wide, wide, 1, beta};
+    cuda::gemm(context_, product, buffers_.gemm);
   }
 
   // The factor of `by` times `ratio` F and `count` rows behind it.

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The elementwise and reducing kernels of streaming_svd_cuda.cu.
 #pragma once
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -14,15 +13,10 @@
 namespace structmat {
 namespace streaming_svd_cuda {
 
-constexpr int kThreads = 256;
-
-constexpr unsigned blocks_for(std::int64_t count) {
-  return static_cast<unsigned>(
-      std::clamp<std::int64_t>((count + kThreads - 1) / kThreads, 1, 8192));
-}
-constexpr unsigned tiles(std::int64_t count, std::int64_t tile) {
-  return static_cast<unsigned>((count + tile - 1) / tile);
-}
+using svd_cuda::blocks_for;
+using svd_cuda::is_finite;
+using svd_cuda::kThreads;
+using svd_cuda::tiles;
 
 __device__ inline std::int64_t first_index() {
   return static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -199,7 +193,7 @@ __global__ void __launch_bounds__(kThreads)
     check_kernel(const T* values, std::int64_t rows, std::int64_t cols, std::int64_t row_stride,
                  std::int64_t col_stride, double* finite) {
   for (std::int64_t i = first_index(); i < rows * cols; i += index_step())
-    if (!svd_cuda::is_finite(
+    if (!is_finite(
             static_cast<double>(to_float(values[i / cols * row_stride + i % cols * col_stride]))))
       *finite = 0;
 }
@@ -236,7 +230,7 @@ __global__ void info_kernel(Vectors found, std::int64_t n, std::int64_t k, const
   *info = streaming_svd_info(kept, lost, rank, k == n, unit);
   const bool in_range =
       found.sigma(0) * unit <= static_cast<double>(std::numeric_limits<T>::max()) &&
-      svd_cuda::is_finite(kept + lost) && (rotated == nullptr || *rotated == 0);
+      is_finite(kept + lost) && (rotated == nullptr || *rotated == 0);
   if (!in_range) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     *info = {nan, nan, nan, nan, 0};

@@ -215,5 +215,34 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Device memory of one decomposition. r is destroyed; left and right are (n, k).
+template <class T>
+struct Jacobi {
+  T *r, *j, *norms, *sigma, *unit, *left, *right;  // (n, n), (n, n), (n), (n), (1)
+  int *place, *rotated;                            // (n), (kJacobiSweeps)
+  State* state;
+};
+
+// R = P diag(sigma) W^T: sigma descending, left <- W_k, right <- P_k. Rows of R, its largest entry
+// one or two, whose square is below `least` are left alone.
+template <class T>
+void jacobi_svd(void* stream, const Jacobi<T>& b, std::int64_t n, std::int64_t k, T least) {
+  SM_LAUNCH(jacobi_start_kernel<T>, 1, kThreads, 0, stream, b.r, b.j, n, b.unit, b.rotated,
+            b.state);
+  const int max_shared = cuda::max_shared_bytes();
+  const JacobiPlan plan = plan_jacobi<T>(n, max_shared);
+  SM_ALLOW_SHARED(jacobi_kernel<T>, max_shared);  // the same from all threads: the last one holds
+  for (int sweep = 0; sweep < kJacobiSweeps; ++sweep)
+    for (int round = 0; round < plan.groups - 1; ++round)
+      SM_LAUNCH(jacobi_kernel<T>, static_cast<unsigned>(plan.groups / 2),
+                static_cast<unsigned>(32 * plan.group), plan.shared_bytes, stream, b.r, b.j, n,
+                plan.group, plan.groups, round, sweep, plan.staged, least, b.rotated);
+  SM_LAUNCH(row_norms_kernel<T>, tiles(n, kThreads / 32), kThreads, 0, stream, b.r, n, b.norms);
+  SM_LAUNCH(place_kernel<T>, tiles(n, kThreads / 32), kThreads, 0, stream, b.norms, b.unit,
+            static_cast<int>(n), b.place, b.sigma);
+  SM_LAUNCH(sort_kernel<T>, static_cast<unsigned>(n), kThreads, 0, stream, b.r, b.j, b.place, n, k,
+            b.left, b.right);
+}
+
 }  // namespace svd_cuda
 }  // namespace structmat

@@ -2,6 +2,7 @@
 // Elementwise and reducing kernels over tall panels and over the matrix itself. Every sum and every
 // maximum is taken in an order that sizes alone decide.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -19,6 +20,13 @@ constexpr int kThreads = 256;
 constexpr int kMaxSlabs = 64;       // partial results of a reduction over rows
 constexpr int kMaxMeasures = 1024;  // partial norms
 
+constexpr unsigned blocks_for(std::int64_t count) {
+  return static_cast<unsigned>(
+      std::clamp<std::int64_t>((count + kThreads - 1) / kThreads, 1, 8192));
+}
+constexpr unsigned tiles(std::int64_t count, std::int64_t tile) {
+  return static_cast<unsigned>((count + tile - 1) / tile);
+}
 constexpr unsigned slab_count(std::int64_t rows) {
   return rows < 64 ? 1u : rows < 64 * kMaxSlabs ? static_cast<unsigned>(rows / 64) : kMaxSlabs;
 }

@@ -22,14 +22,6 @@ using namespace svd_cuda;
 constexpr int kFastPasses = 2;
 constexpr std::int64_t kConverted = std::int64_t{1} << 24;  // elements of A converted at a time
 
-constexpr unsigned blocks_for(std::int64_t count) {
-  return static_cast<unsigned>(
-      std::clamp<std::int64_t>((count + kThreads - 1) / kThreads, 1, 8192));
-}
-constexpr unsigned tiles(std::int64_t count, std::int64_t tile) {
-  return static_cast<unsigned>((count + tile - 1) / tile);
-}
-
 // B as it is stored, columns side by side where that can be, and whether that is its transpose.
 struct Stored {
   StridedMatrixView view;
@@ -243,23 +235,10 @@ class CudaEngine {
     SM_LAUNCH(measure_kernel<T>, measure_count(t.rows * t.cols), kThreads, 0, stream, t.data,
               t.rows, t.cols, t.stride, std::int64_t{1}, buffers_.of_t);
     cublas<T>(true, l, l, x.rows, 1, x.data, x.stride, t.data, t.stride, 0, buffers_.c, l);
-    SM_LAUNCH(jacobi_start_kernel<T>, 1, kThreads, 0, stream, buffers_.c, buffers_.j, l,
-              buffers_.unit, buffers_.rotated, buffers_.state);
-    const int max_shared = cuda::max_shared_bytes();
-    const JacobiPlan jacobi = plan_jacobi<T>(l, max_shared);
-    SM_ALLOW_SHARED(jacobi_kernel<T>, max_shared);  // the same from all threads: the last one holds
-    for (int sweep = 0; sweep < kJacobiSweeps; ++sweep)
-      for (int round = 0; round < jacobi.groups - 1; ++round)
-        SM_LAUNCH(jacobi_kernel<T>, static_cast<unsigned>(jacobi.groups / 2),
-                  static_cast<unsigned>(32 * jacobi.group), jacobi.shared_bytes, stream, buffers_.c,
-                  buffers_.j, l, jacobi.group, jacobi.groups, round, sweep, jacobi.staged,
-                  least_square<T>(), buffers_.rotated);
-    SM_LAUNCH(row_norms_kernel<T>, tiles(l, kThreads / 32), kThreads, 0, stream, buffers_.c, l,
-              buffers_.norms);
-    SM_LAUNCH(place_kernel<T>, tiles(l, kThreads / 32), kThreads, 0, stream, buffers_.norms,
-              buffers_.unit, static_cast<int>(l), buffers_.empty, buffers_.sigma);
-    SM_LAUNCH(sort_kernel<T>, static_cast<unsigned>(l), kThreads, 0, stream, buffers_.c, buffers_.j,
-              buffers_.empty, l, k, buffers_.left, buffers_.right);
+    const Jacobi<T> jacobi{buffers_.c,       buffers_.j,    buffers_.norms, buffers_.sigma,
+                           buffers_.unit,    buffers_.left, buffers_.right, buffers_.empty,
+                           buffers_.rotated, buffers_.state};
+    jacobi_svd<T>(stream, jacobi, l, k, least_square<T>());
   }
   std::array<Panel<T>, 2> rough_vectors() {
     return {Panel<T>{buffers_.left, plan_.basis(), plan_.rank, plan_.rank},
@@ -272,15 +251,10 @@ class CudaEngine {
     const T* of_left = plan_.swapped ? buffers_.right : buffers_.left;
     const T* of_right = plan_.swapped ? buffers_.left : buffers_.right;
     cublas<T>(false, u_.rows, k, l, 1, left.data, left.stride, of_left, k, 0, u_.data, u_.stride);
-    cuda::Gemm transposed = shape(true, k, vh_.cols, l);
-    transposed.trans_b = true;
-    transposed.a = of_right;
-    transposed.lda = k;
-    transposed.b = right.data;
-    transposed.ldb = right.stride;
-    transposed.c = vh_.data;
-    transposed.ldc = vh_.stride;
-    cuda::gemm(context_, transposed, buffers_.gemm);
+    constexpr DType dtype = dtype_of<T>();
+    const cuda::Gemm product{true,       true,         k,        vh_.cols,   l,     of_right, k,
+                             right.data, right.stride, vh_.data, vh_.stride, dtype, dtype};
+    cuda::gemm(context_, product, buffers_.gemm);
     extremes(u_);
     const int slabs = static_cast<int>(slab_count(u_.rows));
     for (const Panel<T>& p : {u_, vh_})
@@ -295,29 +269,13 @@ class CudaEngine {
   }
 
  private:
-  template <class U = T>
-  static cuda::Gemm shape(bool trans_a, std::int64_t m, std::int64_t n, std::int64_t k) {
-    cuda::Gemm g;
-    g.trans_a = trans_a;
-    g.m = m;
-    g.n = n;
-    g.k = k;
-    g.dtype = g.out = dtype_of<U>();
-    return g;
-  }
   template <class U>
   void cublas(bool trans_a, std::int64_t m, std::int64_t n, std::int64_t k, U alpha, const U* a,
               std::int64_t lda, const U* b, std::int64_t ldb, U beta, U* c, std::int64_t ldc) {
-    cuda::Gemm g = shape<U>(trans_a, m, n, k);
-    g.a = a;
-    g.lda = lda;
-    g.b = b;
-    g.ldb = ldb;
-    g.c = c;
-    g.ldc = ldc;
-    g.alpha = alpha;
-    g.beta = beta;
-    cuda::gemm(context_, g, buffers_.gemm);
+    constexpr DType dtype = dtype_of<U>();
+    const cuda::Gemm product{trans_a, false, m,   n,     k,     a,     lda, b,
+                             ldb,     c,     ldc, dtype, dtype, alpha, beta};
+    cuda::gemm(context_, product, buffers_.gemm);
   }
   template <bool kTransA, class In, class Out>
   void guarded(std::int64_t m, std::int64_t n, std::int64_t k, Out alpha, const In* a,
