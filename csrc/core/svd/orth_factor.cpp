@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "blas.h"
-#include "svd/svd_algorithm.h"
+#include "svd/orth.h"
 
 namespace structmat {
 namespace {

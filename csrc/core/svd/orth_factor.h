@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The small triangular factor of one pass of CholeskyQR (svd_algorithm.h), on the CPU.
+// The small triangular factor of one pass of CholeskyQR (orth.h), on the CPU.
 #pragma once
 #include <cstdint>
 #include <vector>

@@ -10,28 +10,10 @@
 #pragma once
 #include <cstdint>
 
+#include "svd/orth.h"
 #include "svd/svd_plan.h"
 
 namespace structmat {
-
-// A row-major block of columns of a tall buffer.
-template <class T>
-struct Panel {
-  T* data = nullptr;
-  std::int64_t rows = 0, cols = 0, stride = 0;
-  Panel columns(std::int64_t first, std::int64_t count) const {
-    return {data + first, rows, count, stride};
-  }
-};
-
-// Two passes make a well-conditioned block orthonormal, three one of condition 1 / eps or with
-// dependent columns; the others are for a random replacement that nearly lies in a nearly complete
-// basis.
-constexpr int kOrthPasses = 6;
-// A pivot of the Gram matrix of unit columns below this is not divided by: its column is left for
-// the next pass, where its own norm scales it. The Gram matrix is kept in double; rounding there is
-// 1e-16.
-constexpr double kPivotThreshold = 1e-12;
 
 template <class Engine>
 class SvdAlgorithm {
@@ -81,17 +63,8 @@ class SvdAlgorithm {
     }
   }
 
-  // y <- a basis of span(y), orthogonal to the orthonormal `before`, by CholeskyQR with scaled
-  // columns. Columns that bring nothing new are replaced by random ones. One pass makes a basis
-  // that is merely well conditioned.
   void orthonormalize(Panel<T> y, Panel<T> before, int passes) {
-    e.normalize(y);  // exact scaling by powers of two: no square overflows
-    for (int pass = 0; pass < passes; ++pass) {
-      if (before.cols > 0) e.project(y, before);
-      e.gram(y);
-      e.factor(y.cols, pass);
-      e.apply(y, ++random_streams);
-    }
+    structmat::orthonormalize(e, y, before, passes, random_streams);
   }
 
   Engine& e;
