@@ -10,6 +10,7 @@
 #include "structmat/error.h"
 #include "structmat/random.h"
 #include "svd/operand_cpu.h"
+#include "svd/svd_algorithm.h"
 #include "svd/orth_cpu.h"
 #include "svd/svd_info.h"
 #include "svd/svd_kernels.h"

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// One pass over a strided matrix S: Y = S X or Z = S^T Y for thin X and Y. Compiled once per
+// instruction set (sweep_simd.cpp).
+#pragma once
+#include "structmat/svd.h"
+#include "svd/norm.h"
+#include "svd/orth.h"
+
+namespace structmat {
+
+// S - row_shift 1^T - 1 col_shift^T, subtracted in double before the product: null is no shift.
+struct Sweep {
+  StridedMatrixView s;
+  const double* row_shift = nullptr;
+  const double* col_shift = nullptr;
+  Norm* norm = nullptr;  // where wanted, grows by the norm of what was read
+};
+
+#define STRUCTMAT_DECLARE(level)                                                                   \
+  namespace level {                                                                                \
+  void sweep(const Context& context, const Sweep& a, Panel<float> x, Panel<float> y);              \
+  void sweep(const Context& context, const Sweep& a, Panel<double> x, Panel<double> y);            \
+  void sweep_transposed(const Context& context, const Sweep& a, Panel<float> y, Panel<float> z);   \
+  void sweep_transposed(const Context& context, const Sweep& a, Panel<double> y, Panel<double> z); \
+  }
+STRUCTMAT_DECLARE(baseline)
+STRUCTMAT_DECLARE(avx2)
+STRUCTMAT_DECLARE(avx512)
+#undef STRUCTMAT_DECLARE
+
+}  // namespace structmat
