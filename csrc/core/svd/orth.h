@@ -28,8 +28,8 @@ constexpr double kMaxGrowth = 1e14;
 
 // y <- a basis of span(y), orthogonal to the orthonormal `before`. Columns that bring nothing new
 // are replaced by random ones, of streams that `stream` counts. One pass makes a basis that is
-// merely well conditioned. On a GPU no step depends on a result the host would have to wait for: passes do
-// nothing once the basis is good.
+// merely well conditioned. On a GPU no step depends on a result the host would have to wait for:
+// passes do nothing once the basis is good.
 template <class Engine, class T>
 void orthonormalize(Engine& e, Panel<T> y, Panel<T> before, int passes, std::uint32_t& stream) {
   if constexpr (requires { e.orthonormalize(y, before, passes, stream); }) {

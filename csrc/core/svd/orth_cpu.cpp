@@ -4,14 +4,14 @@
 
 namespace structmat {
 
-#define STRUCTMAT_DECLARE_ORTH(level)                                                          \
-  namespace level {                                                                            \
-  void add_gram(const float*, std::int64_t, std::int64_t, std::int64_t, double*);              \
-  void add_gram(const double*, std::int64_t, std::int64_t, std::int64_t, double*);             \
-  void solve_rows(const float*, std::int64_t, float*, std::int64_t, std::int64_t, std::int64_t, \
-                  const double*, const double*, const double*);                                \
-  void solve_rows(const double*, std::int64_t, double*, std::int64_t, std::int64_t,            \
-                  std::int64_t, const double*, const double*, const double*);                  \
+#define STRUCTMAT_DECLARE_ORTH(level)                                                             \
+  namespace level {                                                                               \
+  void add_gram(const float*, std::int64_t, std::int64_t, std::int64_t, double*);                 \
+  void add_gram(const double*, std::int64_t, std::int64_t, std::int64_t, double*);                \
+  void solve_rows(const float*, std::int64_t, float*, std::int64_t, std::int64_t, std::int64_t,   \
+                  const double*, const double*, const double*);                                   \
+  void solve_rows(const double*, std::int64_t, double*, std::int64_t, std::int64_t, std::int64_t, \
+                  const double*, const double*, const double*);                                   \
   }
 STRUCTMAT_DECLARE_ORTH(baseline)
 STRUCTMAT_DECLARE_ORTH(avx2)

@@ -150,20 +150,20 @@ class OrthCpu {
   // y^T y, where there is a `before` of y - before c, which takes y's place.
   void gram(Panel<T> y, Panel<T> before) {
     const std::int64_t stride = gram_stride(y.cols);
-    sum_over_rows<double>(
-        y.rows, stride, stride, gram_.get(),
-        [&](std::int64_t first, std::int64_t last, double* out) {
-          std::fill_n(out, stride * stride, 0.0);
-          for (std::int64_t r = first; r < last; r += kTile) {
-            const std::int64_t count = std::min(kTile, last - r);
-            T* tile = y.data + r * y.stride;
-            if (before.cols > 0)
-              blas::gemm('N', 'N', to_int(y.cols), to_int(count), to_int(before.cols), T{-1},
-                         c_.get(), to_int(y.cols), before.data + r * before.stride,
-                         to_int(before.stride), T{1}, tile, to_int(y.stride));
-            add_gram(tile, y.stride, count, y.cols, out);
-          }
-        });
+    sum_over_rows<double>(y.rows, stride, stride, gram_.get(),
+                          [&](std::int64_t first, std::int64_t last, double* out) {
+                            std::fill_n(out, stride * stride, 0.0);
+                            for (std::int64_t r = first; r < last; r += kTile) {
+                              const std::int64_t count = std::min(kTile, last - r);
+                              T* tile = y.data + r * y.stride;
+                              if (before.cols > 0)
+                                blas::gemm('N', 'N', to_int(y.cols), to_int(count),
+                                           to_int(before.cols), T{-1}, c_.get(), to_int(y.cols),
+                                           before.data + r * before.stride, to_int(before.stride),
+                                           T{1}, tile, to_int(y.stride));
+                              add_gram(tile, y.stride, count, y.cols, out);
+                            }
+                          });
   }
   // Whether no column lost most of its norm with the projection: then one projection suffices
   // (Daniel, Gragg, Kaufman, Stewart, Math. Comp. 30 (1976)).

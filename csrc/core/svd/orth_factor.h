@@ -21,7 +21,7 @@ class OrthFactor {
   std::int64_t n = 0;
   std::vector<double> minus_r, scale, inverse;  // as solve_rows takes them
   std::vector<std::int64_t> empty;              // columns with nothing left in them
-  bool done = false;  // Y D R^-1 is orthonormal to rounding
+  bool done = false;                            // Y D R^-1 is orthonormal to rounding
   // Per column: the norm of its part outside the span of its predecessors over its own norm.
   std::vector<double> residual;
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled once per instruction set.
+#include "svd/orth_simd.h"
+
 #include <algorithm>
 #include <type_traits>
 
 #include "scratch.h"
-#include "svd/orth_simd.h"
 #include "vec.h"
 
 namespace structmat {
@@ -132,7 +133,8 @@ void solve_tile(const T* from, std::int64_t from_stride, T* to, std::int64_t to_
         for (std::int64_t j = 0; j < whole; j += kWide) {
           Vec<double> square[kWide];
 #pragma GCC unroll 8
-          for (int k = 0; k < kWide; ++k) square[k] = widened(from + (r0 + r + k) * from_stride + j);
+          for (int k = 0; k < kWide; ++k)
+            square[k] = widened(from + (r0 + r + k) * from_stride + j);
           transpose<double>(square);
 #pragma GCC unroll 8
           for (int k = 0; k < kWide; ++k)
@@ -165,15 +167,15 @@ void solve_tile(const T* from, std::int64_t from_stride, T* to, std::int64_t to_
 
 namespace STRUCTMAT_SIMD {
 
-#define STRUCTMAT_ORTH(T)                                                                       \
-  void add_gram(const T* y, std::int64_t row_stride, std::int64_t rows, std::int64_t cols,      \
-                double* gram) {                                                                 \
-    gram_tile(y, row_stride, rows, cols, gram);                                                 \
-  }                                                                                             \
-  void solve_rows(const T* from, std::int64_t from_stride, T* to, std::int64_t to_stride,       \
-                  std::int64_t rows, std::int64_t cols, const double* minus_r,                  \
-                  const double* scale, const double* inverse) {                                 \
-    solve_tile(from, from_stride, to, to_stride, rows, cols, minus_r, scale, inverse);          \
+#define STRUCTMAT_ORTH(T)                                                                  \
+  void add_gram(const T* y, std::int64_t row_stride, std::int64_t rows, std::int64_t cols, \
+                double* gram) {                                                            \
+    gram_tile(y, row_stride, rows, cols, gram);                                            \
+  }                                                                                        \
+  void solve_rows(const T* from, std::int64_t from_stride, T* to, std::int64_t to_stride,  \
+                  std::int64_t rows, std::int64_t cols, const double* minus_r,             \
+                  const double* scale, const double* inverse) {                            \
+    solve_tile(from, from_stride, to, to_stride, rows, cols, minus_r, scale, inverse);     \
   }
 STRUCTMAT_ORTH(float)
 STRUCTMAT_ORTH(double)
