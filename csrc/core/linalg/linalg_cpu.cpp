@@ -53,7 +53,7 @@ void orthonormalize_as(const Context& context, const StridedMatrixView& y, std::
     });
   OrthCpu<T> orth(context, y.cols, seed);
   std::uint32_t stream = 0;
-  if (!orth.orthonormalize(from, out, {}, kOrthPasses, stream))
+  if (!orth.orthonormalize(from, out, {}, kMaxOrthPasses, stream))
     throw LinAlgError("orthonormalize: Y contains NaN or Inf");
   std::copy_n(orth.residual().begin(), y.cols, static_cast<double*>(residual.data));
 }

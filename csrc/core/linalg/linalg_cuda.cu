@@ -63,7 +63,7 @@ void orthonormalize_as(const Context& context, const StridedMatrixView& from, st
   const double eps = std::numeric_limits<T>::epsilon();
   const double growth = sizeof(T) == 8 ? 0.0 : eps * 0x1p49;
   const double noise = sizeof(T) == 8 ? 16 * eps : 0x1p-40;
-  for (int pass = 0; pass < kOrthPasses; ++pass) {
+  for (int pass = 0; pass < kMaxOrthPasses; ++pass) {
     if (pass < kFastPasses)
       cuda::gemm(
           context,

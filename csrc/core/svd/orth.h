@@ -20,6 +20,9 @@ struct Panel {
 // with dependent columns; the others are for a random replacement that nearly lies in a nearly
 // complete basis.
 constexpr int kOrthPasses = 6;
+// Where the caller asks for a basis of numerically dependent columns of any kind: each pass settles
+// those within a factor 1e6. Radial basis functions in double take 8.
+constexpr int kMaxOrthPasses = 12;
 // A pivot of the Gram matrix of unit columns below this is not divided by, nor one whose column of
 // R^-1 has a larger square: its column is left for the next pass, where its own norm scales it. The
 // Gram matrix is kept in double; rounding there is 1e-16.

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads)
     columns.residual[j] = 0;
     columns.settled[j] = 0;
   }
-  if (threadIdx.x == 0) *state = {kOrthPasses, 0};
+  if (threadIdx.x == 0) *state = {kMaxOrthPasses, 0};
 }
 
 // G = Y^T Y (n x n, whole) becomes R, upper triangle, of Y D = Q R; OrthFactor::factor without the

@@ -65,7 +65,7 @@ class CpuEngine {
   }
 
   void orthonormalize(Panel<T> y, Panel<T> before, int passes, std::uint32_t& stream) {
-    check_in_range(orth_.orthonormalize(y, y, before, passes, stream));
+    check_in_range(orth_.orthonormalize(y, y, before, passes > 1 ? kMaxOrthPasses : 1, stream));
   }
 
   // R = x^T t = P diag(S) W^T; c_ <- P, r_ <- W^T.
