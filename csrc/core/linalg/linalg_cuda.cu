@@ -106,9 +106,10 @@ struct GramBuffers {
     const std::int64_t n = a.cols, l = x_view.cols;
     rows = gram_panel_rows_cuda(a.rows, n, l, a.dtype);
     const bool in_place = Stored(a).in_place;
-    if (!in_place)  // never a copy of A but of a panel
-      rows = std::clamp<std::int64_t>(kGramPanelBytes / (n * static_cast<std::int64_t>(sizeof(T))),
-                                      1, std::max<std::int64_t>(a.rows, 1));
+    if (!in_place) {  // never a copy of A but of a panel
+      const std::int64_t row = std::max<std::int64_t>(n, 1) * static_cast<std::int64_t>(sizeof(T));
+      rows = std::clamp<std::int64_t>(kGramPanelBytes / row, 1, std::max<std::int64_t>(a.rows, 1));
+    }
     p = arena.take<T>(rows * l);
     x = arena.take<T>(n * l);
     z = arena.take<T>(a.dtype == dtype_of<T>() ? 0 : n * l);

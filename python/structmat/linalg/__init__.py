@@ -4,10 +4,13 @@
 from .gram_matmul import gram_matmul
 from .orthonormalize import orthonormalize
 from .random import gaussian
+from .range_step import RangeStep, range_step
 from .streaming_svd import StreamingSVD
 from .svd import SVDInfo, SVDResult, randomized_svd
+from .svd_tail import svd_tail
 
 __all__ = [
+    "RangeStep",
     "SVDInfo",
     "SVDResult",
     "StreamingSVD",
@@ -15,4 +18,6 @@ __all__ = [
     "gram_matmul",
     "orthonormalize",
     "randomized_svd",
+    "range_step",
+    "svd_tail",
 ]
