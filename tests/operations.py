@@ -45,6 +45,10 @@ def svd(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.ops.structmat.randomized_svd(A, 5, 3, None, 1)
 
 
+def orthonormalize(Y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.ops.structmat.orthonormalize(torch.cat([Y, Y], dim=1), 1)
+
+
 def streaming(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Updates, folds, a merge and the result of second moments."""
     ops, n, rank = torch.ops.structmat, A.shape[1], 2
@@ -80,6 +84,8 @@ OPERATIONS = [
     low_rank("low_rank_linear", 67, 96, 80, 24),
     low_rank("low_rank_linear, odd sizes", 33, 41, 57, 13),
     low_rank("low_rank_linear, one token", 1, 96, 80, 24),
+    Operation("gram_matmul", ((67, 45), (45, 5)), sm.linalg.gram_matmul),
+    Operation("orthonormalize", ((67, 18),), orthonormalize, False),
     Operation("randomized_svd", ((67, 45),), svd, False),
     Operation("streaming_svd", ((133, 9),), streaming, False),
     Operation("streaming_svd, wide rows", ((3, 131),), streaming_wide, False, (torch.float32,)),

@@ -130,6 +130,13 @@ def low_rank_linear(
     return y if bias is None else y + (bias if bias.dtype == torch.float64 else exact(bias))
 
 
+def gram_matmul(A: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+    """Z = A^T (A X)."""
+    A, X = (a if a.dtype == torch.float64 else exact(a) for a in (A, X))
+    A, X = A.cpu(), X.cpu()
+    return A.mT @ (A @ X)
+
+
 def streamed_rows(
     rows: torch.Tensor, decay: float = 1.0, center: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,8 @@ bool has_cuda() {
 
 STRUCTMAT_LIBRARY(m) {
   m.def("has_cuda() -> bool");
+  m.def("gram_matmul(Tensor A, Tensor X) -> Tensor");
+  m.def("orthonormalize(Tensor Y, int seed) -> (Tensor Q, Tensor residual)");
   m.def("gaussian(Tensor like, int rows, int cols, int seed, int stream) -> Tensor");
   m.def("low_rank_linear(Tensor x, Tensor U, Tensor V, Tensor? bias=None) -> Tensor");
   m.def(

@@ -16,27 +16,35 @@ struct Panel {
   }
 };
 
-// Two passes make a well-conditioned block orthonormal, three one of condition 1 / eps or with
-// dependent columns; the others are for a random replacement that nearly lies in a nearly complete
-// basis.
+// One or two passes make a well-conditioned block orthonormal, three one of condition 1 / eps or
+// with dependent columns; the others are for a random replacement that nearly lies in a nearly
+// complete basis.
 constexpr int kOrthPasses = 6;
-// A pivot of the Gram matrix of unit columns below this is not divided by: its column is left for
-// the next pass, where its own norm scales it. The Gram matrix is kept in double; rounding there is
-// 1e-16.
+// Where the caller asks for a basis of numerically dependent columns of any kind: each pass settles
+// those within a factor 1e6. Radial basis functions in double take 8.
+constexpr int kMaxOrthPasses = 12;
+// A pivot of the Gram matrix of unit columns below this is not divided by, nor one whose column of
+// R^-1 has a larger square: its column is left for the next pass, where its own norm scales it. The
+// Gram matrix is kept in double; rounding there is 1e-16.
 constexpr double kPivotThreshold = 1e-12;
+constexpr double kMaxGrowth = 1e14;
 
 // y <- a basis of span(y), orthogonal to the orthonormal `before`. Columns that bring nothing new
 // are replaced by random ones, of streams that `stream` counts. One pass makes a basis that is
-// merely well conditioned. No step depends on a result the host would have to wait for: passes do
-// nothing once the basis is good.
+// merely well conditioned. On a GPU no step depends on a result the host would have to wait for:
+// passes do nothing once the basis is good.
 template <class Engine, class T>
 void orthonormalize(Engine& e, Panel<T> y, Panel<T> before, int passes, std::uint32_t& stream) {
-  e.normalize(y);  // exact scaling by powers of two: no square overflows
-  for (int pass = 0; pass < passes; ++pass) {
-    if (before.cols > 0) e.project(y, before);
-    e.gram(y);
-    e.factor(y.cols, pass);
-    e.apply(y, ++stream);
+  if constexpr (requires { e.orthonormalize(y, before, passes, stream); }) {
+    e.orthonormalize(y, before, passes, stream);  // may look at the numbers
+  } else {
+    e.normalize(y);  // exact scaling by powers of two: no square overflows
+    for (int pass = 0; pass < passes; ++pass) {
+      if (before.cols > 0) e.project(y, before);
+      e.gram(y);
+      e.factor(y.cols, pass);
+      e.apply(y, ++stream);
+    }
   }
 }
 

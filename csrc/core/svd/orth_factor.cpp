@@ -6,65 +6,122 @@
 
 #include "blas.h"
 #include "svd/orth.h"
+#include "svd/orth_simd.h"
 
 namespace structmat {
 namespace {
 
-// R of G = R^T R, where a row with a pivot below the threshold becomes one of the identity: its
-// column is neither divided by noise nor subtracted from later ones.
-void guarded_cholesky(double* g, std::int64_t n) {
-  for (std::int64_t j = 0; j < n; ++j) {
-    double* column = g + j * n;
-    double pivot = column[j];
-    for (std::int64_t i = 0; i < j; ++i) {
-      const double* other = g + i * n;
-      double sum = column[i];
-      for (std::int64_t k = 0; k < i; ++k) sum -= other[k] * column[k];
-      // other[i] < 0 marks the row of a small pivot.
-      column[i] = other[i] > 0 ? sum / other[i] : 0.0;
-      pivot -= column[i] * column[i];
-    }
-    const bool small = !(pivot >= kPivotThreshold);
-    column[j] = small ? -1.0 : std::sqrt(pivot);
-  }
-  for (std::int64_t j = 0; j < n; ++j) g[j * n + j] = std::abs(g[j * n + j]);
+double dot(const double* a, const double* b, std::int64_t count) {
+  double sum[4] = {};
+  std::int64_t i = 0;
+  for (; i + 4 <= count; i += 4)
+    for (int k = 0; k < 4; ++k) sum[k] += a[i + k] * b[i + k];
+  for (; i < count; ++i) sum[0] += a[i] * b[i];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 }  // namespace
 
-GramFactor factor_gram(double* gram, std::int64_t n, int pass, double eps) {
-  GramFactor out;
-  // After the first pass columns have norm 1, or what is left of 1: below 16 eps that is rounding.
-  const double noise = pass > 0 ? 256 * eps * eps : 0.0;
-  std::vector<double> scale(static_cast<std::size_t>(n));
-  double deviation = 0;
-  for (std::int64_t j = 0; j < n; ++j) {
-    const double square = gram[j * n + j];
-    const bool empty = !(square > noise);
-    if (empty) out.empty.push_back(j);
-    scale[static_cast<std::size_t>(j)] = empty ? 0.0 : 1 / std::sqrt(square);
-    deviation = std::max(deviation, std::abs(square - 1));
-    for (std::int64_t i = 0; i < j; ++i) deviation = std::max(deviation, std::abs(gram[j * n + i]));
-  }
-  for (std::int64_t j = 0; j < n; ++j) {
-    for (std::int64_t i = 0; i < j; ++i)
-      gram[j * n + i] *= scale[static_cast<std::size_t>(i)] * scale[static_cast<std::size_t>(j)];
-    gram[j * n + j] = 1;
-  }
-  const std::vector<double> scaled(gram, gram + n * n);
-  bool whole = blas::potrf(static_cast<int>(n), gram, static_cast<int>(n)) == 0;
-  for (std::int64_t j = 0; whole && j < n; ++j)
-    whole = gram[j * n + j] * gram[j * n + j] >= kPivotThreshold;
-  if (!whole) {
-    std::copy(scaled.begin(), scaled.end(), gram);
-    guarded_cholesky(gram, n);
-  }
-  blas::trtri(static_cast<int>(n), gram, static_cast<int>(n));
+void OrthFactor::start(std::int64_t columns) {
+  n = columns;
+  const auto padded = static_cast<std::size_t>(gram_stride(n)), count = static_cast<std::size_t>(n);
+  minus_r.assign(padded * padded, 0.0);
+  work_.resize(padded * padded);
+  scale.assign(padded, 0.0);
+  inverse.assign(padded, 1.0);
+  pivot_.assign(count, 1.0);
+  size_.assign(count, 1.0);
+  residual.assign(count, 0.0);
+  settled_.assign(count, 0);
+  done = false;
+}
+
+bool OrthFactor::cholesky(double* gram) {
+  const std::int64_t stride = gram_stride(n);
+  if (blas::potrf(static_cast<int>(n), gram, static_cast<int>(stride)) != 0) return false;
   for (std::int64_t j = 0; j < n; ++j)
-    for (std::int64_t i = 0; i <= j; ++i) gram[j * n + i] *= scale[static_cast<std::size_t>(i)];
-  // Columns this near to orthonormal are so to rounding after W; others need another look.
-  out.done = whole && out.empty.empty() && deviation <= 0.1 && pass > 0;
-  return out;
+    if (!(gram[j * stride + j] * gram[j * stride + j] >= kPivotThreshold)) return false;
+  for (std::int64_t j = 0; j < n; ++j)
+    std::copy_n(gram + j * stride, j + 1, work_.data() + j * stride);
+  blas::trtri(static_cast<int>(n), work_.data(), static_cast<int>(stride));
+  growth_ = 0;
+  for (std::int64_t j = 0; j < n; ++j) {
+    const double* column = work_.data() + j * stride;
+    const double square = dot(column, column, j + 1);
+    if (!(square <= kMaxGrowth)) return false;
+    growth_ += square;
+  }
+  for (std::int64_t j = 0; j < n; ++j) pivot_[static_cast<std::size_t>(j)] = gram[j * stride + j];
+  return true;
+}
+
+// A row with a small pivot, or whose column of R^-1 is large, becomes one of the identity: its
+// column is neither divided by noise nor subtracted from later ones. pivot_ is 0 there.
+void OrthFactor::guarded_cholesky(double* gram) {
+  const std::int64_t stride = gram_stride(n);
+  double* solved = work_.data();  // the columns of R^-1
+  for (std::int64_t j = 0; j < n; ++j) {
+    double* column = gram + j * stride;
+    double* w = solved + j * stride;
+    std::fill_n(w, j + 1, 0.0);
+    double square = column[j];
+    for (std::int64_t i = 0; i < j; ++i) {
+      const double pivot = pivot_[static_cast<std::size_t>(i)];
+      column[i] = pivot > 0 ? (column[i] - dot(gram + i * stride, column, i)) / pivot : 0.0;
+      square -= column[i] * column[i];
+      const double* other = solved + i * stride;
+      if (column[i] != 0)
+        for (std::int64_t k = 0; k <= i; ++k) w[k] -= other[k] * column[i];
+    }
+    const double growth = dot(w, w, j) + 1;
+    const bool small = !(square >= kPivotThreshold && growth <= kMaxGrowth * square);
+    const double pivot = small ? 1.0 : std::sqrt(square);
+    pivot_[static_cast<std::size_t>(j)] = small ? 0.0 : pivot;
+    column[j] = pivot;
+    w[j] = 1;
+    for (std::int64_t k = 0; k <= j; ++k) w[k] /= pivot;
+  }
+}
+
+void OrthFactor::factor(double* gram, int pass, double noise, double growth) {
+  const std::int64_t stride = gram_stride(n);
+  empty.clear();
+  for (std::int64_t j = 0; j < n; ++j) {
+    const auto k = static_cast<std::size_t>(j);
+    const double square = gram[j * stride + j];
+    const bool none = !(square > (pass > 0 ? noise * noise : 0.0));
+    if (none) empty.push_back(j);
+    if (none)
+      settled_[k] = 1, residual[k] = 0;  // random from here on
+    else if (pass > 0 && settled_[k] == 0)
+      size_[k] *= std::sqrt(square);
+    scale[k] = none ? 0.0 : 1 / std::sqrt(square);
+  }
+  for (std::int64_t j = 0; j < n; ++j) {
+    double* column = gram + j * stride;
+    for (std::int64_t i = 0; i < j; ++i)
+      column[i] *= scale[static_cast<std::size_t>(i)] * scale[static_cast<std::size_t>(j)];
+    column[j] = 1;
+    std::copy_n(column, j, minus_r.data() + j * stride);
+  }
+  const bool whole = cholesky(gram);
+  if (!whole) {
+    for (std::int64_t j = 0; j < n; ++j) {
+      std::copy_n(minus_r.data() + j * stride, j, gram + j * stride);
+      gram[j * stride + j] = 1;
+    }
+    guarded_cholesky(gram);
+  }
+  for (std::int64_t j = 0; j < n; ++j) {
+    const auto k = static_cast<std::size_t>(j);
+    for (std::int64_t i = 0; i < n; ++i)
+      minus_r[static_cast<std::size_t>(i * stride + j)] = i < j ? -gram[j * stride + i] : 0.0;
+    inverse[k] = 1 / gram[j * stride + j];
+    if (settled_[k] == 0 && pivot_[k] > 0) settled_[k] = 1, residual[k] = size_[k] * pivot_[k];
+  }
+  // R^-T (the rounding of G) R^-1 is what Q^T Q will lack.
+  const double steady = static_cast<double>(n + std::min<std::int64_t>(n, 64));
+  done = whole && empty.empty() && growth_ <= std::max(steady, growth);
 }
 
 }  // namespace structmat

@@ -168,7 +168,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     normalize_kernel(Panel<T> y, const T* partial, int slabs, State* state) {
   constexpr int kRows = kThreads / 32, kTile = 256;
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) state->done_at = kOrthPasses;
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) state->done_at = kMaxOrthPasses;
   const std::int64_t j = static_cast<std::int64_t>(blockIdx.y) * 32 + threadIdx.x % 32;
   if (j >= y.cols) return;
   const T value = extreme(partial, slabs, y.cols, j);

@@ -65,14 +65,9 @@ class CpuEngine {
     });
   }
 
-  void normalize(Panel<T> y) {
-    orth_.normalize(y);
-    check_in_range(orth_.finite());
+  void orthonormalize(Panel<T> y, Panel<T> before, int passes, std::uint32_t& stream) {
+    check_in_range(orth_.orthonormalize(y, y, before, passes > 1 ? kMaxOrthPasses : 1, stream));
   }
-  void project(Panel<T> y, Panel<T> q) { orth_.project(y, q); }
-  void gram(Panel<T> y) { orth_.gram(y); }
-  void factor(std::int64_t cols, int pass) { orth_.factor(cols, pass); }
-  void apply(Panel<T> y, std::uint32_t stream) { orth_.apply(y, stream); }
 
   // R = x^T t = P diag(S) W^T; c_ <- P, r_ <- W^T.
   void small_svd(Panel<T> x, Panel<T> t) {

@@ -4,6 +4,7 @@
 #include "structmat/context.h"
 #include "structmat/error.h"
 #include "structmat/info.h"
+#include "structmat/linalg.h"
 #include "structmat/low_rank.h"
 #include "structmat/matrix.h"
 #include "structmat/random.h"

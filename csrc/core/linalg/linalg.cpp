@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "structmat/linalg.h"
+
+#include <limits>
+#include <string>
+
+#include "linalg/linalg_kernels.h"
+#include "structmat/error.h"
+
+namespace structmat {
+namespace {
+
+std::string shape(std::int64_t rows, std::int64_t cols) {
+  std::string out = "(";
+  return out.append(std::to_string(rows)).append(", ").append(std::to_string(cols)).append(")");
+}
+
+void check_workspace(const Context& context, std::size_t wanted, const char* op) {
+  STRUCTMAT_CHECK(context.workspace_bytes >= wanted, std::string(op) + ": the workspace has " +
+                                                         std::to_string(context.workspace_bytes) +
+                                                         " bytes, wanted " +
+                                                         std::to_string(wanted));
+}
+
+void check_panel(const StridedMatrixView& y) {
+  STRUCTMAT_CHECK(y.rows >= y.cols, "orthonormalize: Y has shape " + shape(y.rows, y.cols) +
+                                        ", wanted at least as many rows as columns");
+  STRUCTMAT_CHECK(y.cols <= 20000, "orthonormalize: Y has " + std::to_string(y.cols) +
+                                       " columns, wanted at most 20000 (LAPACK counts in 32 bits)");
+}
+
+void check_operands(const StridedMatrixView& a, const StridedMatrixView& x) {
+  STRUCTMAT_CHECK(a.cols == x.rows, "gram_matmul: A has shape " + shape(a.rows, a.cols) +
+                                        ", X has shape " + shape(x.rows, x.cols) + ", wanted " +
+                                        std::to_string(a.cols) + " rows");
+  STRUCTMAT_CHECK(a.dtype == x.dtype, std::string("gram_matmul: X is ") + name_of(x.dtype) +
+                                          ", wanted " + name_of(a.dtype) + " as A");
+  STRUCTMAT_CHECK(
+      x.cols <= std::numeric_limits<std::int32_t>::max(),
+      "gram_matmul: X has " + std::to_string(x.cols) + " columns, wanted fewer than 2^31");
+}
+
+}  // namespace
+
+void orthonormalize(const Context& context, const StridedMatrixView& y, std::uint64_t seed,
+                    MatrixView q, VectorView residual) {
+  check_panel(y);
+  const DType dtype = y.dtype == DType::f64 ? DType::f64 : DType::f32;
+  STRUCTMAT_CHECK(q.dtype == dtype && q.rows == y.rows && q.cols == y.cols,
+                  std::string("orthonormalize: Q is ") + name_of(q.dtype) + " " +
+                      shape(q.rows, q.cols) + ", wanted " + name_of(dtype) + " " +
+                      shape(y.rows, y.cols));
+  STRUCTMAT_CHECK(residual.dtype == DType::f64 && residual.size == y.cols,
+                  std::string("orthonormalize: residual is ") + name_of(residual.dtype) + " (" +
+                      std::to_string(residual.size) + ",), wanted float64 (" +
+                      std::to_string(y.cols) + ",)");
+  if (y.cols == 0) return;
+  check_workspace(context, orthonormalize_workspace(context, y), "orthonormalize");
+  if (context.device == Device::cuda)
+    orthonormalize_cuda(context, y, seed, q, residual);
+  else
+    orthonormalize_cpu(context, y, seed, q, residual);
+}
+
+std::size_t orthonormalize_workspace(const Context& context, const StridedMatrixView& y) {
+  check_panel(y);
+  return context.device == Device::cuda && y.cols > 0 ? orthonormalize_workspace_cuda(y) : 0;
+}
+
+void gram_matmul(const Context& context, const StridedMatrixView& a, const StridedMatrixView& x,
+                 MatrixView z) {
+  check_operands(a, x);
+  STRUCTMAT_CHECK(z.dtype == a.dtype && z.rows == a.cols && z.cols == x.cols,
+                  std::string("gram_matmul: Z is ") + name_of(z.dtype) + " " +
+                      shape(z.rows, z.cols) + ", wanted " + name_of(a.dtype) + " " +
+                      shape(a.cols, x.cols));
+  if (z.rows == 0 || z.cols == 0) return;
+  check_workspace(context, gram_matmul_workspace(context, a, x), "gram_matmul");
+  if (context.device == Device::cuda)
+    gram_matmul_cuda(context, a, x, z);
+  else
+    gram_matmul_cpu(context, a, x, z);
+}
+
+std::size_t gram_matmul_workspace(const Context& context, const StridedMatrixView& a,
+                                  const StridedMatrixView& x) {
+  check_operands(a, x);
+  return context.device == Device::cuda ? gram_matmul_workspace_cuda(a, x) : 0;
+}
+
+}  // namespace structmat

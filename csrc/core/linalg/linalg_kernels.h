@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// The back ends of linalg.h.
+#pragma once
+#include "structmat/linalg.h"
+
+namespace structmat {
+
+void orthonormalize_cpu(const Context& context, const StridedMatrixView& y, std::uint64_t seed,
+                        MatrixView q, VectorView residual);
+void orthonormalize_cuda(const Context& context, const StridedMatrixView& y, std::uint64_t seed,
+                         MatrixView q, VectorView residual);
+std::size_t orthonormalize_workspace_cuda(const StridedMatrixView& y);
+
+void gram_matmul_cpu(const Context& context, const StridedMatrixView& a, const StridedMatrixView& x,
+                     MatrixView z);
+void gram_matmul_cuda(const Context& context, const StridedMatrixView& a,
+                      const StridedMatrixView& x, MatrixView z);
+std::size_t gram_matmul_workspace_cuda(const StridedMatrixView& a, const StridedMatrixView& x);
+
+}  // namespace structmat

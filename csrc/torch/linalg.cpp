@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "structmat/linalg.h"
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "convert.h"
+#include "structmat/error.h"
+
+namespace structmat::torch_bindings {
+namespace {
+
+// The matrices of t (..., rows, cols), one after another.
+class Batch {
+ public:
+  Batch(const Tensor& t, const char* op, const char* name) : tensor_(t) {
+    STD_TORCH_CHECK(t.dim() >= 2, op, ": ", name, " must have at least 2 dimensions, got ",
+                    t.dim());
+    dtype_ = dtype_of(t, op, name);
+    const auto d = static_cast<std::size_t>(t.dim());
+    rows_ = t.size(t.dim() - 2), cols_ = t.size(t.dim() - 1);
+    for (std::size_t i = 0; i + 2 < d; ++i) {
+      sizes_.push_back(t.sizes()[i]);
+      count_ *= sizes_.back();
+    }
+  }
+  std::int64_t count() const { return count_; }
+  const std::vector<std::int64_t>& sizes() const { return sizes_; }
+  StridedMatrixView operator[](std::int64_t index) const {
+    std::int64_t offset = 0;
+    for (std::size_t i = sizes_.size(); i-- > 0;) {
+      offset += index % sizes_[i] * tensor_.stride(static_cast<std::int64_t>(i));
+      index /= sizes_[i];
+    }
+    const std::int64_t d = tensor_.dim();
+    const char* data = static_cast<const char*>(tensor_.data_ptr()) +
+                       offset * static_cast<std::int64_t>(size_of(dtype_));
+    return {data, dtype_, rows_, cols_, tensor_.stride(d - 2), tensor_.stride(d - 1)};
+  }
+
+ private:
+  const Tensor& tensor_;
+  DType dtype_ = DType::f32;
+  std::vector<std::int64_t> sizes_;
+  std::int64_t count_ = 1, rows_ = 0, cols_ = 0;
+};
+
+// Q and the residuals. Where Y holds NaN or Inf both are NaN, on the CPU too: the Python function
+// raises, compiled graphs go on with NaN.
+std::tuple<Tensor, Tensor> orthonormalize(const Tensor& Y, std::int64_t seed) {
+  constexpr const char* op = "orthonormalize";
+  STD_TORCH_CHECK(seed >= 0, op, ": seed is ", seed, ", wanted 0 to 2^63 - 1");
+  const Batch batch(Y, op, "Y");
+  std::vector<std::int64_t> sizes = batch.sizes();
+  const std::int64_t m = Y.size(Y.dim() - 2), l = Y.size(Y.dim() - 1);
+  const bool wide = Y.scalar_type() == ScalarType::Double;
+  const DType dtype = wide ? DType::f64 : DType::f32;
+  sizes.push_back(l);
+  Tensor residual = torch::stable::new_empty(Y, sizes, ScalarType::Double);
+  sizes.back() = m;
+  sizes.push_back(l);
+  Tensor Q = torch::stable::new_empty(Y, sizes, wide ? ScalarType::Double : ScalarType::Float);
+  Scope scope(Y);
+  const StridedMatrixView shape{nullptr, dtype, m, l, l, 1};
+  scope.lend_workspace(Y, orthonormalize_workspace(scope.context, shape));
+  for (std::int64_t i = 0; i < batch.count(); ++i) {
+    auto* q =
+        static_cast<char*>(Q.data_ptr()) + i * m * l * static_cast<std::int64_t>(size_of(dtype));
+    auto* r = static_cast<double*>(residual.data_ptr()) + i * l;
+    try {
+      structmat::orthonormalize(scope.context, batch[i], static_cast<std::uint64_t>(seed),
+                                {q, dtype, m, l, l}, {r, l});
+    } catch (const LinAlgError&) {
+      constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+      std::fill_n(r, l, nan);
+      if (wide)
+        std::fill_n(reinterpret_cast<double*>(q), m * l, nan);
+      else
+        std::fill_n(reinterpret_cast<float*>(q), m * l, std::numeric_limits<float>::quiet_NaN());
+    }
+  }
+  return {Q, residual};
+}
+
+Tensor gram_matmul(const Tensor& A, const Tensor& X) {
+  constexpr const char* op = "gram_matmul";
+  check_same_device(A, X, op, "X");
+  const Batch a(A, op, "A"), x(X, op, "X");
+  STD_TORCH_CHECK(a.sizes() == x.sizes(), op, ": A and X have other leading dimensions");
+  const std::int64_t n = A.size(A.dim() - 1), l = X.size(X.dim() - 1);
+  std::vector<std::int64_t> sizes = a.sizes();
+  sizes.push_back(n);
+  sizes.push_back(l);
+  Tensor Z = torch::stable::new_empty(A, sizes);
+  const DType dtype = dtype_of(A, op, "A");
+  Scope scope(A);
+  if (a.count() > 0) scope.lend_workspace(A, gram_matmul_workspace(scope.context, a[0], x[0]));
+  for (std::int64_t i = 0; i < a.count(); ++i)
+    structmat::gram_matmul(
+        scope.context, a[i], x[i],
+        {static_cast<char*>(Z.data_ptr()) + i * n * l * static_cast<std::int64_t>(size_of(dtype)),
+         dtype, n, l, l});
+  return Z;
+}
+
+}  // namespace
+
+STRUCTMAT_REGISTER("orthonormalize", &orthonormalize)
+STRUCTMAT_REGISTER("gram_matmul", &gram_matmul)
+
+}  // namespace structmat::torch_bindings
