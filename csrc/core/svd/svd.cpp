@@ -55,7 +55,7 @@ void randomized_svd(const Context& context, const StridedMatrixView& a, const Sv
   check_output(s.data, s.dtype, dtype, s.size, 1, k, 1, "S");
   check_output(vh.data, vh.dtype, dtype, vh.rows, vh.cols, k, a.cols, "Vh");
   STRUCTMAT_CHECK(info != nullptr, "randomized_svd: info is null");
-  const SvdPlan plan = plan_svd(a.rows, a.cols, options);
+  const SvdPlan plan = plan_svd(a.rows, a.cols, options, context.device);
   if (context.device == Device::cuda) {
     const std::size_t wanted = randomized_svd_workspace(context, a, options);
     STRUCTMAT_CHECK(context.workspace_bytes >= wanted,
@@ -71,7 +71,7 @@ std::size_t randomized_svd_workspace(const Context& context, const StridedMatrix
                                      const SvdOptions& options) {
   check_options(a, options);
   if (context.device != Device::cuda) return 0;
-  const SvdPlan plan = plan_svd(a.rows, a.cols, options);
+  const SvdPlan plan = plan_svd(a.rows, a.cols, options, context.device);
   return randomized_svd_workspace_cuda(tall_view(a, plan), plan);
 }
 

@@ -10,8 +10,8 @@
 #include "structmat/error.h"
 #include "structmat/random.h"
 #include "svd/operand_cpu.h"
-#include "svd/svd_algorithm.h"
 #include "svd/orth_cpu.h"
+#include "svd/svd_algorithm.h"
 #include "svd/svd_info.h"
 #include "svd/svd_kernels.h"
 
@@ -34,17 +34,17 @@ class CpuEngine {
         vh_(vh),
         info_(info),
         basis_(plan.basis()),
-        q_(scratch<T>(plan.tall * basis_)),
-        x_(scratch<T>(plan.small * basis_)),
+        q_(scratch<T>(plan.tall * plan.stored())),
+        x_(scratch<T>(plan.small * plan.stored())),
         t_(scratch<T>(plan.small * basis_)),
         orth_(context, basis_, seed) {}
 
-  Panel<T> q() { return {q_.get(), plan_.tall, basis_, basis_}; }
-  Panel<T> x() { return {x_.get(), plan_.small, basis_, basis_}; }
+  Panel<T> q() { return {q_.get(), plan_.tall, basis_, plan_.stored()}; }
+  Panel<T> x() { return {x_.get(), plan_.small, basis_, plan_.stored()}; }
   Panel<T> t() { return {t_.get(), plan_.small, basis_, basis_}; }
 
-  void sketch(Panel<T> y) {
-    fill_gaussian_cpu(context_, {y.data, dtype_of<T>(), y.rows, y.cols, y.stride}, seed_, 0);
+  void sketch(Panel<T> y, std::uint32_t stream) {
+    fill_gaussian_cpu(context_, {y.data, dtype_of<T>(), y.rows, y.cols, y.stride}, seed_, stream);
   }
   void multiply(Panel<T> x, Panel<T> y) {
     b_.multiply(x, y, unmeasured());
@@ -68,6 +68,23 @@ class CpuEngine {
   void orthonormalize(Panel<T> y, Panel<T> before, int passes, std::uint32_t& stream) {
     check_in_range(orth_.orthonormalize(y, y, before, passes > 1 ? kMaxOrthPasses : 1, stream));
   }
+
+  // The root mean square over columns of y = B G of || (I - Q Q^T) y ||.
+  void measure_outside(Panel<T> y, Panel<T> q) {
+    const auto c = scratch<T>(q.cols * y.cols);
+    orth_.inner(q, y, c.get(), y.cols);
+    std::vector<Norm> norms(static_cast<std::size_t>(ceil_div(y.rows, kTile)));
+    rows(y.rows, [&](std::int64_t first, std::int64_t last) {
+      blas::gemm('N', 'N', to_int(y.cols), to_int(last - first), to_int(q.cols), T{-1}, c.get(),
+                 to_int(y.cols), q.data + first * q.stride, to_int(q.stride), T{1},
+                 y.data + first * y.stride, to_int(y.stride));
+      for (std::int64_t i = first; i < last; ++i)
+        norms[static_cast<std::size_t>(first / kTile)].add(y.data + i * y.stride, y.cols);
+    });
+    for (const Norm& n : norms) outside_.add(n);
+    outside_.sum /= static_cast<double>(y.cols);
+  }
+  bool hides_copies() const { return structmat::hides_copies(plan_, sigma_.get()); }
 
   // R = x^T t = P diag(S) W^T; c_ <- P, r_ <- W^T.
   void small_svd(Panel<T> x, Panel<T> t) {
@@ -105,7 +122,7 @@ class CpuEngine {
     rotate(plan_.swapped ? x : q, plan_.swapped ? p.get() : w.get(), u_, false);
     rotate(plan_.swapped ? q : x, plan_.swapped ? w.get() : p.get(), vh_, true);
     fix_signs();
-    *info_ = svd_info(plan_, sigma_.get(), norm_.value(), captured_.value());
+    *info_ = svd_info(plan_, sigma_.get(), norm_.value(), captured_.value(), outside_.value());
   }
 
  private:
@@ -190,7 +207,7 @@ class CpuEngine {
   OrthCpu<T> orth_;
   std::unique_ptr<T[]> sigma_, w_, p_;
   bool measured_ = false;
-  Norm norm_, captured_;
+  Norm norm_, captured_, outside_;
 };
 
 }  // namespace
@@ -201,14 +218,21 @@ void randomized_svd_cpu(const Context& context, const StridedMatrixView& b, cons
   STRUCTMAT_CHECK(plan.basis() <= 20000,
                   "randomized_svd: a basis of " + std::to_string(plan.basis()) +
                       " columns, wanted at most 20000 (LAPACK counts in 32 bits)");
-  const auto decompose = [&](auto element) {
-    CpuEngine<decltype(element)> engine(context, b, plan, seed, u, s, vh, info);
-    SvdAlgorithm<CpuEngine<decltype(element)>>(engine, plan).run();
+  const auto decompose = [&](auto element, const SvdPlan& with) {
+    using Engine = CpuEngine<decltype(element)>;
+    Engine engine(context, b, with, seed, u, s, vh, info);
+    SvdAlgorithm<Engine>(engine, with).run();
+    return engine.hides_copies();
   };
-  if (b.dtype == DType::f64)
-    decompose(double{});
-  else
-    decompose(float{});
+  const auto with_type = [&](const SvdPlan& with) {
+    return b.dtype == DType::f64 ? decompose(double{}, with) : decompose(float{}, with);
+  };
+  if (!with_type(plan)) return;
+  SvdOptions options;
+  options.rank = plan.rank;
+  with_type(plan_wide(plan.swapped ? plan.small : plan.tall, plan.swapped ? plan.tall : plan.small,
+                      options));
+  info->sweeps += static_cast<double>(plan.sweeps);
 }
 
 }  // namespace structmat

@@ -43,17 +43,17 @@ struct Stored {
 
 template <class T>
 struct Buffers {
-  T *q, *x, *t;  // (tall, l), (small, l), (small, l)
+  T *q, *x, *t;  // (tall, l + probes), (small, l + probes), (small, l)
   double* wide;  // (tall, block) or (small, l): a panel in double, or the product that replaces it
   double *gram, *inverse;   // (l, l)
   double* scale;            // (l)
-  T *c, *w;                 // (l, l): projections and R; the factor of a pass
+  T *c, *w;                 // (l, max(l, probes)): projections and R; (l, l): the factor of a pass
   T* j;                     // (l, l): rotations
   T *left, *right;          // (l, k): the columns of W and P
   T *norms, *sigma, *unit;  // (l), (l), (1)
   T* extremes;              // (kMaxSlabs, l)
   int *empty, *rotated;     // (l), (kJacobiSweeps)
-  ScaledNorm *of_a, *of_t;  // (kMaxMeasures)
+  ScaledNorm *of_a, *of_t, *of_y;  // (kMaxMeasures)
   State* state;
   T* converted;
   void* gemm;
@@ -62,14 +62,14 @@ struct Buffers {
   Buffers(void* base, const SvdPlan& plan, const Stored& a) {
     cuda::Arena arena(base);
     const std::int64_t l = plan.basis(), k = plan.rank;
-    q = arena.take<T>(plan.tall * l);
-    x = arena.take<T>(plan.small * l);
+    q = arena.take<T>(plan.tall * plan.stored());
+    x = arena.take<T>(plan.small * plan.stored());
     t = arena.take<T>(plan.small * l);
     wide = arena.take<double>(std::max(plan.tall * plan.block, plan.small * l));
     gram = arena.take<double>(l * l);
     inverse = arena.take<double>(l * l);
     scale = arena.take<double>(l);
-    c = arena.take<T>(l * l);
+    c = arena.take<T>(l * std::max(l, plan.probes));
     w = arena.take<T>(l * l);
     j = arena.take<T>(l * l);
     left = arena.take<T>(l * k);
@@ -82,6 +82,7 @@ struct Buffers {
     rotated = arena.take<int>(kJacobiSweeps);
     of_a = arena.take<ScaledNorm>(kMaxMeasures);
     of_t = arena.take<ScaledNorm>(kMaxMeasures);
+    of_y = arena.take<ScaledNorm>(kMaxMeasures);
     state = arena.take<State>(1);
     converted = arena.take<T>(a.in_place ? 0 : a.panel_rows() * a.view.cols);
     gemm = arena.take<unsigned char>(cuda::kGemmWorkspace);
@@ -110,19 +111,22 @@ __global__ void __launch_bounds__(kThreads) widen_kernel(Panel<T> from, double* 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     info_kernel(SvdPlan plan, const T* sigma, const ScaledNorm* of_a, int parts_a,
-                const ScaledNorm* of_t, int parts_t, const int* rotated, const State* state,
-                SvdInfo* info) {
-  double value[2];
-  for (int which = 0; which < 2; ++which) {
+                const ScaledNorm* of_t, int parts_t, const ScaledNorm* of_y, int parts_y,
+                const int* rotated, const State* state, SvdInfo* info) {
+  const ScaledNorm* const parts[3] = {of_a, of_t, of_y};
+  const int counts[3] = {parts_a, parts_t, parts_y};
+  double value[3];
+  for (int which = 0; which < 3; ++which) {
     ScaledNorm norm{0, 0};
-    for (int i = threadIdx.x; i < (which == 0 ? parts_a : parts_t); i += kThreads)
-      norm = combine(norm, (which == 0 ? of_a : of_t)[i]);
+    for (int i = threadIdx.x; i < counts[which]; i += kThreads)
+      norm = combine(norm, parts[which][i]);
     norm = reduce_norm(norm);
     __syncthreads();
     value[which] = norm.scale * sqrt(norm.sum);
   }
   if (threadIdx.x != 0) return;
-  *info = svd_info(plan, sigma, value[0], value[1]);
+  const double outside = plan.probes > 0 ? value[2] / sqrt(static_cast<double>(plan.probes)) : 0.0;
+  *info = svd_info(plan, sigma, value[0], value[1], outside);
   if (state->overflowed != 0 || rotated[kJacobiSweeps - 1] != 0 || !is_finite(value[0]) ||
       !is_finite(static_cast<double>(sigma[0]))) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
@@ -176,12 +180,12 @@ class CudaEngine {
     });
   }
 
-  Panel<T> q() { return {buffers_.q, plan_.tall, plan_.basis(), plan_.basis()}; }
-  Panel<T> x() { return {buffers_.x, plan_.small, plan_.basis(), plan_.basis()}; }
+  Panel<T> q() { return {buffers_.q, plan_.tall, plan_.basis(), plan_.stored()}; }
+  Panel<T> x() { return {buffers_.x, plan_.small, plan_.basis(), plan_.stored()}; }
   Panel<T> t() { return {buffers_.t, plan_.small, plan_.basis(), plan_.basis()}; }
 
-  void sketch(Panel<T> y) {
-    fill_gaussian_cuda(context_, {y.data, dtype_of<T>(), y.rows, y.cols, y.stride}, seed_, 0);
+  void sketch(Panel<T> y, std::uint32_t stream) {
+    fill_gaussian_cuda(context_, {y.data, dtype_of<T>(), y.rows, y.cols, y.stride}, seed_, stream);
   }
   void multiply(Panel<T> x, Panel<T> y) { product(stored_.transposed, x, y); }
   void multiply_transposed(Panel<T> x, Panel<T> y) { product(!stored_.transposed, x, y); }
@@ -228,6 +232,16 @@ class CudaEngine {
     ++pass_;
   }
 
+  // y <- (I - Q Q^T) y for y = B G, and its norm.
+  void measure_outside(Panel<T> y, Panel<T> q) {
+    cublas<T>(true, q.cols, y.cols, q.rows, 1, q.data, q.stride, y.data, y.stride, 0, buffers_.c,
+              y.cols);
+    cublas<T>(false, y.rows, y.cols, q.cols, -1, q.data, q.stride, buffers_.c, y.cols, 1, y.data,
+              y.stride);
+    SM_LAUNCH(measure_kernel<T>, measure_count(y.rows * y.cols), kThreads, 0, context_.stream,
+              y.data, y.rows, y.cols, y.stride, std::int64_t{1}, buffers_.of_y);
+  }
+
   // R = x^T t = P diag(S) W^T; left <- W_k, right <- P_k.
   void small_svd(Panel<T> x, Panel<T> t) {
     const std::int64_t l = plan_.basis(), k = plan_.rank;
@@ -262,8 +276,9 @@ class CudaEngine {
                 p.data == vh_.data, buffers_.extremes, slabs);
     SM_LAUNCH(info_kernel<T>, 1, kThreads, 0, context_.stream, plan_, buffers_.sigma, buffers_.of_a,
               static_cast<int>(measure_count(plan_.tall * plan_.small)), buffers_.of_t,
-              static_cast<int>(measure_count(plan_.small * l)), buffers_.rotated, buffers_.state,
-              info_);
+              static_cast<int>(measure_count(plan_.small * l)), buffers_.of_y,
+              plan_.probes > 0 ? static_cast<int>(measure_count(plan_.tall * plan_.probes)) : 0,
+              buffers_.rotated, buffers_.state, info_);
     SM_LAUNCH(finish_kernel<T>, blocks_for(u_.rows * k), kThreads, 0, context_.stream, u_, s_, vh_,
               buffers_.sigma, info_);
   }

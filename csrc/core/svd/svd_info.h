@@ -10,12 +10,13 @@
 
 namespace structmat {
 
-// ||A - U S Vh||^2 = ||A||^2 - ||T||^2 + the squares of the singular values left out. The
-// difference carries the rounding of T, relative to ||A||^2 up to 8 eps: an error below the root of
-// that cannot be told from it. A complete basis leaves nothing, so there no difference is taken.
+// ||A - U S Vh||^2 = ||(I - Q Q^T) A||^2 + the squares of the singular values left out. The first
+// is ||A||^2 - ||T||^2, T = Q^T A, whose rounding is up to 8 eps ||A||^2; where that is not far
+// below it, it is the mean square of (I - Q Q^T) A on random directions, `outside`, in which
+// nothing cancels. A complete basis leaves nothing.
 template <class T>
 STRUCTMAT_HOST_DEVICE inline SvdInfo svd_info(const SvdPlan& plan, const T* sigma, double norm,
-                                              double captured) {
+                                              double captured, double outside) {
   const double eps = std::numeric_limits<T>::epsilon();
   const double inverse = norm > std::numeric_limits<double>::min() ? 1 / norm : 0.0;
   double tail = 0, rank = 0;
@@ -27,10 +28,10 @@ STRUCTMAT_HOST_DEVICE inline SvdInfo svd_info(const SvdPlan& plan, const T* sigm
       rank += 1;
   }
   const double share = inverse > 0 ? captured * inverse : 1.0;
-  const double outside = plan.complete ? 0.0 : (1 - share) * (1 + share);
-  const double square = (outside > 0 ? outside : 0.0) + tail;
-  const double floor = norm > 0 ? (plan.complete ? 32 * eps : sqrt(8 * eps)) : 0.0;
-  const double error = sqrt(square);
+  double left = (1 - share) * (1 + share);
+  if (left < 64 * eps) left = outside * inverse * (outside * inverse);
+  const double error = sqrt(tail + (plan.complete ? 0.0 : left));
+  const double floor = norm > 0 ? 16 * eps : 0.0;  // rounding in U S Vh
   return {error < floor ? floor : error, norm, rank, static_cast<double>(plan.sweeps), 1.0};
 }
 
