@@ -64,8 +64,8 @@ def verify(A, rank, result, excess=0.02):
     assert (S - sigma[:k] <= rounding * sigma[0]).all()  # Ritz values are never too large
     # The estimate is the error, but for its floor.
     info = result.info
-    assert info.error >= error * 0.9 - rounding
-    assert info.error <= error * 1.1 + max((8 * eps) ** 0.5, rounding)
+    assert info.error >= error * 0.8 - rounding
+    assert info.error <= error * 1.25 + rounding
     assert info.rank <= k
     return error, best
 
@@ -227,13 +227,46 @@ def test_against_svd_lowrank():
         assert (A - (U * S) @ Vh).norm() <= theirs * (1 + 1e-12)
 
 
-def test_estimate_follows_the_error():
-    for spectrum in ("slow", "harmonic", "step"):
-        for rank in (1, 8, 40):
-            A = matrix(300, 200, spectrum, torch.float32)
-            U, S, Vh = result = sm.linalg.randomized_svd(A, rank)
-            error = ((A - (U * S) @ Vh).double().norm() / A.double().norm()).item()
-            assert result.info.error == pytest.approx(error, rel=1e-3)
+ESTIMATED = {
+    "i^-1/2": lambda i: i**-0.5,
+    "1/i": lambda i: 1 / i,
+    "i^-2": lambda i: i**-2.0,
+    "exp(-i/20)": lambda i: torch.exp(-i / 20),
+    "exp(-i/2)": lambda i: torch.exp(-i / 2),
+    "step": lambda i: torch.where(i <= 10, 1.0, 1e-3).double(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_estimate_is_the_error(dtype):
+    """Of 1,002 problems at least 99 % within a factor 1.25, where the error is above rounding."""
+    i = torch.arange(1, 61, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(n, 60, dtype=torch.float64)).Q for n in (90, 60))
+    ratios = []
+    for spectrum in ESTIMATED.values():
+        A = ((left * spectrum(i)) @ right.T).to(dtype)
+        for seed in range(167):  # the sketch is Gaussian: other bases would tell nothing new
+            rank, sweeps = (3, 6, 10, 15)[seed % 4], (None, 2, 3, 4, 6)[seed % 5]
+            U, S, Vh = result = sm.linalg.randomized_svd(A, rank, sweeps=sweeps, seed=seed)
+            error = (A.double() - (U.double() * S.double()) @ Vh.double()).norm() / A.norm()
+            if error > 100 * UNIT[dtype]:
+                ratios.append(result.info.error / error.item())
+    ratios = torch.tensor(ratios)
+    assert len(ratios) > 800
+    assert ((ratios > 0.8) & (ratios < 1.25)).double().mean() >= 0.99
+
+
+@pytest.mark.parametrize("tail", [0.0, 0.01, 0.3])
+def test_copies_that_narrow_blocks_hide(tail):
+    """64 equal singular values, where blocks of 32 columns find 32 of each."""
+    i = torch.arange(1, 301, dtype=torch.float64)
+    sigma = torch.where(i <= 64, 1.0, tail * (i - 64).clamp(min=1) ** -0.5)
+    left, right = (torch.linalg.qr(torch.randn(n, 300, dtype=torch.float64)).Q for n in (400, 300))
+    for rank in (64, 80):
+        _, S, _ = result = sm.linalg.randomized_svd((left * sigma) @ right.T, rank)
+        torch.testing.assert_close(S[:64], torch.ones(64, dtype=S.dtype), rtol=1e-3, atol=0)
+        torch.testing.assert_close(S[64:], sigma[64:rank], rtol=0.15, atol=1e-12)
+        assert result.info.sweeps in (10, 15)
 
 
 def test_seed(backend):
