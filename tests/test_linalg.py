@@ -88,7 +88,8 @@ def test_orthonormalize_many_rows(dtype, m, l):
     for panel in (Y, Y * torch.logspace(0, -10, l), Y[:, torch.arange(l) // 2]):
         Q = sm.linalg.orthonormalize(panel)
         assert departure(Q) <= ORTHOGONAL[dtype]
-        assert outside(Q, panel).max() <= 16 * UNIT[dtype]
+        theirs = outside(torch.linalg.qr(panel).Q, panel)
+        assert outside(Q, panel).max() <= 4 * theirs.max() + 8 * UNIT[dtype]
 
 
 @pytest.mark.parametrize("seed", range(3))
