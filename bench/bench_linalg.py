@@ -152,8 +152,7 @@ def main() -> None:
         }
         if name.startswith("svd_tail") and args.device == "cuda":
             continue  # waits for the device, which a graph cannot hold
-        settle = 0.05 if args.device == "cpu" and not args.tiny else 0.0  # threads that spin
-        times = measure(waits, args.device, tiny=args.tiny, settle=settle)
+        times = measure(waits, args.device, tiny=args.tiny)
         ours, theirs = times["structmat"], times["torch"]
         share = roofline.floor(flops, bytes_, dtype) / ours
         ratio = theirs / ours
