@@ -33,6 +33,9 @@ class Operation:
         return [t.detach() for t in results]
 
 
+WIDE = (torch.float32, torch.float64)
+
+
 def low_rank(name: str, tokens: int, m: int, n: int, r: int) -> Operation:
     return Operation(name, ((tokens, n), (m, r), (r, n), (m,)), sm.ops.low_rank_linear)
 
@@ -85,11 +88,11 @@ OPERATIONS = [
     low_rank("low_rank_linear, odd sizes", 33, 41, 57, 13),
     low_rank("low_rank_linear, one token", 1, 96, 80, 24),
     Operation("gram_matmul", ((67, 45), (45, 5)), sm.linalg.gram_matmul),
-    Operation("orthonormalize", ((67, 18),), orthonormalize, False),
+    Operation("orthonormalize", ((41, 7),), orthonormalize, False, WIDE),
     Operation("randomized_svd", ((67, 45),), svd, False),
     Operation("streaming_svd", ((133, 9),), streaming, False),
     Operation("streaming_svd, wide rows", ((3, 131),), streaming_wide, False, (torch.float32,)),
-    Operation("gaussian", ((0,),), gaussian, False, (torch.float32, torch.float64)),
+    Operation("gaussian", ((0,),), gaussian, False, WIDE),
 ]
 
 

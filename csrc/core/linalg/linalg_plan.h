@@ -17,7 +17,7 @@ struct GramCpuPlan {
 // 1 MB of float32 a panel, of 64 to 256 rows: fewer make Z's traffic and BLAS slow (0.8 of the rate
 // at 32 rows), more leave level 2. One thread, 16384 x 1024, against the whole A as one panel: 0.35
 // of the time for 1 column, 0.76 for 8, 0.77 for 16, 0.91 for 64, 0.96 for 144.
-inline GramCpuPlan plan_gram_cpu(std::int64_t m, std::int64_t n, std::int64_t l) {
+constexpr GramCpuPlan plan_gram_cpu(std::int64_t m, std::int64_t n, std::int64_t l) {
   GramCpuPlan plan{};
   plan.rows =
       std::clamp<std::int64_t>((std::int64_t{1} << 18) / std::max<std::int64_t>(n, 1), 64, 256);
@@ -33,8 +33,8 @@ inline GramCpuPlan plan_gram_cpu(std::int64_t m, std::int64_t n, std::int64_t l)
 // one of the two. A that fits, or wider X, is one panel.
 constexpr std::int64_t kGramPanelBytes = std::int64_t{16} << 20;
 
-inline std::int64_t gram_panel_rows_cuda(std::int64_t m, std::int64_t n, std::int64_t l,
-                                         DType dtype) {
+constexpr std::int64_t gram_panel_rows_cuda(std::int64_t m, std::int64_t n, std::int64_t l,
+                                            DType dtype) {
   const bool wide = dtype == DType::f64;
   const std::int64_t row = std::max<std::int64_t>(n, 1) * (wide ? 8 : 4);
   const bool in_place = wide || dtype == DType::f32;

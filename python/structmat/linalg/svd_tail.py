@@ -12,7 +12,7 @@ from .orthonormalize import orthonormalize
 from .random import gaussian
 from .svd import _DTYPES, SVDInfo, SVDResult
 
-_STEPS = 40  # of inverse iteration, before the whole R is decomposed
+_STEPS = 40  # of inverse iteration at most; else the whole R is decomposed
 _CHECK = 4  # steps from one look at the residuals to the next: each waits for the device
 
 
@@ -22,9 +22,10 @@ def svd_tail(A: Tensor, rank: int, *, oversample: int | None = None, seed: int =
 
     ``A = Q R`` by Householder reflections, then inverse subspace iteration
     ``W = orth(R^-T X)``, ``X = orth(R^-1 W)`` in float64, until the residuals of the wanted
-    triplets are rounding. Where they do not get there, as for matrices that are singular without a
-    small pivot or whose tail is flat, all of ``R`` is decomposed: the result is never an
-    unconverged one.
+    triplets are rounding. Where they would not get there soon, as for matrices that are singular
+    without a small pivot or whose tail is flat, all of ``R`` is decomposed: the result is never an
+    unconverged one. It pays where the wanted values are apart from those before them
+    (`docs/linalg.md`).
 
     Args:
         A: ``(m, n)``, float32, float64, bfloat16 or float16, on the CPU or a CUDA device.
@@ -38,8 +39,8 @@ def svd_tail(A: Tensor, rank: int, *, oversample: int | None = None, seed: int =
         singular value is the last. Of A's dtype, float32 for 16-bit ``A``. The entry of largest
         magnitude of each column of ``U`` is positive.
 
-        ``S`` is right to ``(16 + sqrt(n)) eps ||A||_2``, as is that of a full decomposition; a value below
-        that is noise, and so are the directions within a cluster closer than that.
+        ``S`` is right to ``(16 + sqrt(n)) eps ||A||_2``, as is that of a full decomposition; a
+        value below that is noise, and so are the directions within a cluster closer than that.
 
         ``.info.error`` is the largest ``||A^T u - s v|| / ||A||_F`` of the triplets within ``R``,
         ``.info.rank`` counts values above ``max(m, n) eps`` times the largest column norm of ``R``,
@@ -104,35 +105,51 @@ def _tail_of_triangle(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """U, S, V of the smallest singular values of R, in float64, their residuals and the steps."""
     n = R.shape[0]
-    eps = torch.finfo(R.dtype).eps
-    R = R.double()
-    scale = float(R.norm(dim=0).amax())  # at most ||R||_2
+    tolerance = (16 + n**0.5) * torch.finfo(R.dtype).eps
+    wide = R.double()
+    scale = float(wide.norm(dim=0).amax())  # at most ||R||_2
     if 2 * width < n and scale > 0:
         # A zero on the diagonal moves by rounding: no singular value moves by more.
-        pivots = R.diagonal()
+        pivots = wide.diagonal()
         floor = torch.finfo(torch.float64).eps * scale
-        safe = R.clone()
+        safe = wide.clone()
         safe.diagonal().copy_(torch.where(pivots.abs() < floor, floor, pivots))
         X = gaussian(n, width, seed=seed, dtype=torch.float64, device=R.device)
-        for step in range(1, _STEPS + 1):
+        budget = min(_STEPS, 2 * n // width)
+        before = math.inf
+        for step in range(1, budget + 1):
             W = torch.linalg.solve_triangular(safe.mT, X, upper=False)
             if not bool(W.isfinite().all()):
                 break
-            W = torch.linalg.solve_triangular(safe, orthonormalize(W, seed=seed), upper=True)
-            if not bool(W.isfinite().all()):
+            W = orthonormalize(W, seed=seed)
+            X = torch.linalg.solve_triangular(safe, W, upper=True)
+            if not bool(X.isfinite().all()):
                 break
-            X = orthonormalize(W, seed=seed)
-            if step % _CHECK:
+            X = orthonormalize(X, seed=seed)
+            if step != 2 and step % _CHECK:
                 continue
-            U, S, Vh = torch.linalg.svd(R @ X, full_matrices=False)
-            U, S, V = U[:, -rank:], S[-rank:], X @ Vh[-rank:].mT
+            # Both bases: left vectors from R X alone would be off by eps ||R|| / s.
+            P, S, Vh = torch.linalg.svd(W.mT @ (wide @ X))
+            U, S, V = W @ P[:, -rank:], S[-rank:], X @ Vh[-rank:].mT
             residual = torch.maximum(
-                (R.mT @ U - V * S).norm(dim=0).amax(), (R @ V - U * S).norm(dim=0).amax()
+                (wide.mT @ U - V * S).norm(dim=0).amax(), (wide @ V - U * S).norm(dim=0).amax()
             )
-            if float(residual) <= (16 + n**0.5) * eps * scale:
+            now = float(residual) / scale
+            if now <= tolerance:
                 return U, S, V, residual, step
+            if step >= _CHECK and _steps_left(before, now, tolerance, step) > budget - step:
+                break
+            before = now
     U, S, Vh = torch.linalg.svd(R)
-    return U[:, -rank:], S[-rank:], Vh[-rank:].mT, R.new_zeros(()), 0
+    return U[:, -rank:], S[-rank:].double(), Vh[-rank:].mT, wide.new_zeros(()), 0
+
+
+def _steps_left(before: float, now: float, tolerance: float, step: int) -> float:
+    """How many more, at the rate of those since the last look."""
+    since = _CHECK if step > _CHECK else _CHECK - 2
+    if not now < before:
+        return math.inf
+    return since * math.log(now / tolerance) / math.log(before / now)
 
 
 def _facts(R: Tensor, S: Tensor, residual: Tensor, steps: int, longest: int) -> Tensor:
