@@ -152,7 +152,7 @@ def randomized_svd(
         )
         raise torch.linalg.LinAlgError(f"randomized_svd: {reason}")  # type: ignore[attr-defined]
     result = SVDResult(U, S, Vh)
-    result.info = SVDInfo(facts)
+    result.info = SVDInfo(facts.detach())
     return result
 
 
@@ -169,8 +169,6 @@ def _check(A: Any, rank: int, oversample: int | None, sweeps: int | None, seed: 
         raise ValueError(f"{op}: A must have 2 dimensions, got {A.dim()}")
     if A.numel() == 0:
         raise ValueError(f"{op}: A is empty, shape {tuple(A.shape)}")
-    if A.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: A requires grad, but has no gradient here; pass A.detach()")
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError(f"{op}: there is no rule for torch.func transforms and forward mode")
     for name, value in (
