@@ -269,9 +269,29 @@ def _backward(
     return dA, *[None] * (ctx.arguments - 1)
 
 
+def _save_list(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.count = len(inputs[0])
+    ctx.save_for_backward(*inputs[0], *(t for factor in output[:3] for t in factor))
+    ctx.arguments = len(inputs)
+
+
+def _backward_list(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    saved, count = ctx.saved_tensors, ctx.count
+    A, factors = saved[:count], [saved[i * count : (i + 1) * count] for i in (1, 2, 3)]
+    dA = [
+        torch.ops.structmat.randomized_svd_backward(*one, False) if a.requires_grad else None
+        for a, one in zip(A, zip(A, *factors, *grads[:3], strict=True), strict=True)
+    ]
+    return dA, *[None] * (ctx.arguments - 1)
+
+
 def _no_second(ctx: Any, _: Tensor) -> None:
     raise RuntimeError("randomized_svd: there are no second derivatives")
 
 
 torch.library.register_autograd("structmat::randomized_svd", _backward, setup_context=_save)
 torch.library.register_autograd("structmat::randomized_svd_backward", _no_second)
+torch.library.register_autograd(
+    "structmat::randomized_svd_list", _backward_list, setup_context=_save_list
+)
