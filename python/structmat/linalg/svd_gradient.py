@@ -100,21 +100,25 @@ def outer(E: _Residual, s: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor,
     One of the two is eliminated, the longer: ``(s_i^2 - E^T E) y_i = s_i right_i + E^T left_i``.
     """
     if len(left) < len(right):
-        turned = _Residual(E.A.T, E.V, E.U, E.scale)
-        Y, X = outer(turned, s, right, left)
+        Y, X = outer(_Residual(E.A.T, E.V, E.U, E.scale), s, right, left)
         return X, Y
     eps = torch.finfo(s.dtype).eps
     live = s > max(len(left), len(right)) * eps
     left, right = (torch.where(live, t, 0) for t in (left, right))
     s = torch.where(live, s, 1)
     target = s * right + E.transposed_times(left)
+    # The result is no more accurate than the vectors, A v_i = s_i u_i.
+    k = len(s)
+    inexact = (_product(E.A, E.V[:, :k]) / E.scale - E.U[:, :k] * s).norm(dim=0) / s
+    accuracy = (inexact / 10).clamp(4 * eps, 0.01)
     noise = 8 * eps * (s * right.norm(dim=0) + left.norm(dim=0))
-    Y = torch.zeros_like(target)
     chosen: Any = target.norm(dim=0) > noise
     if _captured(s):
-        Y = _solve(E, s, target)
-    elif bool(chosen.any()):
-        Y[:, chosen] = _solve(E, s[chosen], target[:, chosen])
+        Y = _solve(E, s, target, accuracy)
+    else:
+        Y = torch.zeros_like(target)
+        if bool(chosen.any()):
+            Y[:, chosen] = _solve(E, s[chosen], target[:, chosen], accuracy[chosen])
     return (left + E.times(Y)) / s, Y
 
 
@@ -123,61 +127,65 @@ def _captured(t: Tensor) -> bool:
     return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _solve(E: _Residual, s: Tensor, target: Tensor) -> Tensor:
+def _solve(E: _Residual, s: Tensor, target: Tensor, accuracy: Tensor) -> Tensor:
     """``y_i`` with ``M_i y_i = target_i``, ``M_i = s_i^2 - E^T E``.
 
     Galerkin's solution in a block Krylov space, which is exact where that is the whole space, and
     for the rest the conjugate gradient method with this space deflated (Nicolaides, SIAM J. Numer.
     Anal. 24, 1987): the values next to ``s_k`` are in it, and those decide the rate.
     """
-    eps = torch.finfo(s.dtype).eps
     W, BW, theta = _ritz(E, target)  # BW = E^T E W
     inverse = _inverse(s - theta[:, None]) / (s + theta[:, None])  # of W^T M_i W, diagonal
     inside = W.T @ target
+    bound = accuracy * target.norm(dim=0)
+    missing = (inside * (inverse == 0)).norm(dim=0)
     start = W @ (inside * inverse)
     if BW is None:
-        _report((inside * (inverse == 0)).norm(dim=0), target)
+        _report(missing > bound)
         return start
 
-    def deflate(v: Tensor) -> Tensor:
+    def deflate(v: Tensor, s: Tensor, inverse: Tensor) -> Tensor:
         """v - M W (W^T M W)^-1 W^T v, nothing of which is in W's span."""
         t = W.T @ v
         v = v - W @ torch.where(inverse == 0, t, s.square() * inverse * t) + BW @ (inverse * t)
         return _outside(v, W)
 
-    bound = (4 * eps * target.norm(dim=0)).square()
-    undetermined = (inside * (inverse == 0)).norm(dim=0)
-    residual = deflate(target)
-    direction, Z = residual, torch.zeros_like(residual)
-    size = residual.square().sum(0)
-    stopped = torch.zeros_like(s, dtype=torch.bool)
+    Z, left = torch.zeros_like(target), bound + missing
+    columns = torch.arange(len(s), device=s.device)
+    residual = direction = deflate(target, s, inverse)
+    size, stopped = residual.norm(dim=0), torch.zeros_like(s, dtype=torch.bool)
+    state = [residual, direction, torch.zeros_like(residual), size, bound, stopped, s, inverse]
     for step in range(_ITERATIONS):
-        active = (size > bound) & ~stopped
-        if step % 4 == 0 and not _captured(s) and not bool(active.any()):
-            break
+        if step % 4 == 0 and not _captured(s):
+            keep = ((state[3] > state[4]) & ~state[5]).nonzero()[:, 0]
+            if len(keep) < len(columns):
+                Z[:, columns], left[columns] = state[2], state[3]
+                columns, state = columns[keep], [t[..., keep] for t in state]
+            if not len(keep):
+                break
+        residual, direction, z, size, bound, stopped, s_, inverse_ = state
         image = E.transposed_times(E.times(direction))
-        image = deflate(s.square() * direction - image)
+        image = deflate(s_.square() * direction - image, s_, inverse_)
         curvature = (direction * image).sum(0)
-        stopped |= curvature <= eps * s.square() * direction.square().sum(0)
-        active &= ~stopped
-        length = torch.where(active, size / curvature, 0)
-        Z += length * direction
+        stopped = stopped | (curvature <= 1e-6 * s_.square() * direction.square().sum(0))
+        active = (size > bound) & ~stopped
+        length = torch.where(active, size.square() / curvature, 0)
         residual = residual - length * image
-        before, size = size, torch.where(active, residual.square().sum(0), size)
-        direction = residual + torch.where(active, size / before, 0) * direction
-    _report(undetermined + torch.where(size > bound, size.sqrt(), 0), target)
+        after = torch.where(active, residual.norm(dim=0), size)
+        turn = torch.where(active, (after / size).square(), 0)
+        state = [residual, residual + turn * direction, z + length * direction, after]
+        state += [bound, stopped, s_, inverse_]
+    Z[:, columns], left[columns] = state[2], state[3]
+    _report(torch.maximum(left, missing) > accuracy * target.norm(dim=0))
     inside = s.square() * (W.T @ Z) - BW.T @ Z
     return start + Z - W @ (inverse * inside)
 
 
-def _report(missing: Tensor, target: Tensor) -> None:
-    if _captured(missing):
-        return
-    allowed = torch.finfo(missing.dtype).eps ** 0.5 * target.norm(dim=0)
-    if bool((missing > allowed).any()):
+def _report(unsolved: Tensor) -> None:
+    if not _captured(unsolved) and bool(unsolved.any()):
         warnings.warn(
-            "randomized_svd: the gradient of singular vectors is not determined: a singular value "
-            "kept and one left out are too close",
+            "randomized_svd: the gradient of U and Vh is not determined: a singular value kept and "
+            "one left out are too close, or the vectors too inexact, which more sweeps help",
             stacklevel=2,
         )
 
