@@ -101,8 +101,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor
 randomized_svd_list(const std::vector<Tensor>& A, const std::vector<std::int64_t>& rank,
                     std::optional<std::int64_t> oversample, std::optional<std::int64_t> sweeps,
                     std::int64_t seed) {
-  STD_TORCH_CHECK(!A.empty() && A.size() == rank.size(), op, ": ", A.size(), " matrices and ",
-                  rank.size(), " ranks, wanted one each, and at least one");
+  STD_TORCH_CHECK(A.size() == rank.size(), op, ": ", A.size(), " matrices and ", rank.size(),
+                  " ranks, wanted one each");
   std::vector<SvdProblem> problems;
   std::vector<Tensor> U, S, Vh;
   for (std::size_t i = 0; i < A.size(); ++i) {

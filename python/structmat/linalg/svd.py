@@ -32,7 +32,9 @@ class SVDInfo:
     """
 
     def __init__(self, facts: Tensor) -> None:
-        self._facts = facts  # (..., 5) error, norm, rank, sweeps, finite: SvdInfo of structmat/svd.h
+        self._facts = (
+            facts  # (..., 5) error, norm, rank, sweeps, finite: SvdInfo of structmat/svd.h
+        )
 
     @property
     def error(self) -> Any:
