@@ -3,7 +3,6 @@
 
 from .random import gaussian
 from .streaming_svd import StreamingSVD
-from . import svd_gradient as svd_gradient  # registers the gradient
 from .svd import SVDInfo, SVDResult, randomized_svd
 
 __all__ = ["SVDInfo", "SVDResult", "StreamingSVD", "gaussian", "randomized_svd"]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import svd_gradient  # noqa: F401  (registers the gradient)
+
 _OP = "randomized_svd"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -32,9 +34,8 @@ class SVDInfo:
     """
 
     def __init__(self, facts: Tensor) -> None:
-        self._facts = (
-            facts  # (..., 5) error, norm, rank, sweeps, finite: SvdInfo of structmat/svd.h
-        )
+        # error, norm, rank, sweeps, finite along the last dimension: SvdInfo of structmat/svd.h
+        self._facts = facts
 
     @property
     def error(self) -> Any:
@@ -124,9 +125,10 @@ def randomized_svd(
     build a block Krylov space, on which the singular value problem is solved exactly.
 
     Args:
-        A: ``(m, n)``, float32, float64, bfloat16 or float16, on the CPU or a CUDA device, with any
-            strides: a transpose or a slice is read where it lies. Neither copied nor changed.
-        rank: ``k``, 1 to ``min(m, n)``.
+        A: ``(..., m, n)``, float32, float64, bfloat16 or float16, on the CPU or a CUDA device, with
+            any strides: a transpose or a slice is read where it lies. Neither copied nor changed.
+            Or a list of matrices of any shapes and dtypes on one device.
+        rank: ``k``, 1 to ``min(m, n)``; for a list one number or one for each matrix.
         oversample: columns beyond ``rank``. By default at least 8, up to a block of a multiple of
             16 columns, which costs no time.
         sweeps: passes over ``A``, at least 2; 5 by default. With 5 the error is within 1 % of the
@@ -134,13 +136,14 @@ def randomized_svd(
             faster (`docs/svd.md` has the table). Two more passes divide the excess by about 7.
             Where ``rank + oversample`` nearly fills the smaller dimension the result is exact
             and takes 2.
-        seed: of the random block, 0 to 2^63 - 1. The same inputs give the same bits for any number
-            of threads.
+        seed: of the random block, 0 to 2^63 - 1, the same for every matrix. The same inputs give
+            the same bits for any number of threads, in a batch or list as in a call of their own.
 
     Returns:
-        :class:`SVDResult`, which unpacks as ``U (m, k)``, ``S (k,)`` descending, ``Vh (k, n)``, of
-        A's dtype, float32 for 16-bit ``A``. U and Vh are orthonormal to rounding whatever ``A`` is.
-        The entry of largest magnitude in each column of ``U`` is positive.
+        :class:`SVDResult`, which unpacks as ``U (..., m, k)``, ``S (..., k)`` descending,
+        ``Vh (..., k, n)``, of A's dtype, float32 for 16-bit ``A``; for a list, one for each matrix.
+        U and Vh are orthonormal to rounding whatever ``A`` is. The entry of largest magnitude in
+        each column of ``U`` is positive.
 
         ``.info.error`` estimates ``||A - U diag(S) Vh||_F / ||A||_F`` from
         ``||A||_F^2 - ||A^T Q||_F^2``, sums in float64, and the singular values left out. Where the
@@ -148,21 +151,39 @@ def randomized_svd(
         in float64), where rounding in the products would hide the difference.
 
     Raises:
-        TypeError: ``A`` is not a tensor, or of another dtype.
-        ValueError: ``A`` is empty or has not 2 dimensions; rank, oversample, sweeps or seed is out
-            of range.
+        TypeError: ``A`` is not a tensor or a list of tensors, or of another dtype.
+        ValueError: a matrix is empty or has less than 2 dimensions, in a list not 2; matrices of a
+            list are on different devices; rank, oversample, sweeps or seed is out of range.
         torch.linalg.LinAlgError: ``A`` contains NaN or Inf, or a singular value or the norm exceeds
-            the range of its type. In a compiled or captured graph there is no exception: the result
-            is NaN.
-        RuntimeError: ``A`` requires grad; gradients are not defined yet. Pass ``A.detach()``.
+            the range of its type; which matrix of a batch or list, the message says. In a compiled
+            or captured graph there is no exception: the result is NaN.
+        RuntimeError: under ``torch.func`` transforms and forward-mode differentiation, and for
+            second derivatives.
+
+    U, S and Vh have gradients, those of the exact truncated decomposition at the vectors found:
+    they are as accurate as these, so that slowly falling singular values ask for more sweeps. With
+    ``A = U S Vh + E`` the part that comes from ``E`` is included, by an iteration in products with
+    ``A``. Close or equal singular values among the ``k`` do no harm where the loss does not depend
+    on how they are split, except that of a product ``U S Vh`` at values equal to rounding the
+    entries between these are left out. Where ``S[k-1]`` is equal to the next value left out, or the
+    vectors do not tell the two apart, the gradient of vectors next to the cut does not exist: what
+    comes back is finite, and a warning says so. ``.info`` has no gradient.
 
     Cost: ``2 m n l`` FLOPs a sweep, ``l = rank + oversample``, and ``O((m + n) l^2 + l^3)``. Memory
     beyond ``A``: ``2 (m + 2 n) l`` numbers for ``m >= n``; on the CPU up to ``m l`` more for sums,
     on CUDA ``m l + 24 l^2`` float64 numbers, 32 MB for cuBLAS and, where ``A`` is 16-bit or has two
-    strides, 64 or 128 MB to convert it in parts.
+    strides, 64 or 128 MB to convert it in parts. On the CPU the matrices of a batch or list run
+    side by side, one thread each, and each running one takes this memory.
+
+    The gradient of S alone is ``U diag(dS) Vh``. That of vectors takes 9 passes over ``A`` with as
+    many columns as have a gradient (at least 8), and two more a step with those not yet solved, up
+    to 200 steps, usually 10 to 15 passes in all, and about
+    ``20 min(m, n) k`` numbers.
 
     Source: Halko, Martinsson, Tropp, SIAM Review 53 (2011), sections 4.5 and 5.1; Musco and Musco,
-    NIPS 2015 (block Krylov); Fukaya et al., SIAM J. Sci. Comput. 42 (2020) (CholeskyQR).
+    NIPS 2015 (block Krylov); Fukaya et al., SIAM J. Sci. Comput. 42 (2020) (CholeskyQR). Gradient:
+    Townsend, Differentiating the singular value decomposition (2016), with the system for what is
+    outside the leading vectors solved by a deflated conjugate gradient method.
 
     Example:
         >>> import torch, structmat as sm
@@ -170,6 +191,9 @@ def randomized_svd(
         >>> U, S, Vh = sm.linalg.randomized_svd(A, 8)
         >>> torch.allclose((U * S) @ Vh, A, atol=1e-3)
         True
+        >>> layers = [torch.randn(64, 32), torch.randn(32, 96)]
+        >>> [tuple(result.U.shape) for result in sm.linalg.randomized_svd(layers, 4)]
+        [(64, 4), (32, 4)]
     """
     _check_options(oversample, sweeps, seed)
     if not isinstance(A, Tensor) and isinstance(A, Sequence):
@@ -202,7 +226,8 @@ def _of_list(
     results = [_result(*one) for one in zip(*factors, facts.unbind(), strict=True)]
     for i, a in enumerate(A):  # one that requires grad makes all results do
         if not a.requires_grad and results[i].S.requires_grad:
-            results[i] = _result(*(t.detach() for t in results[i]), facts[i])
+            U, S, Vh = (t.detach() for t in results[i])
+            results[i] = _result(U, S, Vh, facts[i])
     return results
 
 

@@ -4,7 +4,8 @@
 ``A = U S V^T + E`` with ``E = P A Q``, ``P = I - U U^T``, ``Q = I - V V^T``. For ``dA`` and
 ``M = U^T dA V`` the differentials are ``dS = diag(M)``, ``dU = U N_u + X``, ``dV = V N_v + Y``:
 
-    ``(N_u + N_v)_ij = (M + M^T)_ij / (s_j - s_i)``,   ``(N_u - N_v)_ij = (M - M^T)_ij / (s_i + s_j)``
+    ``(N_u + N_v)_ij = (M + M^T)_ij / (s_j - s_i)``
+    ``(N_u - N_v)_ij = (M - M^T)_ij / (s_i + s_j)``
     ``s_i x_i - E y_i = P dA v_i``,   ``s_i y_i - E^T x_i = Q dA^T u_i``
 
 ``N_u`` and ``N_v`` are skew. The sum has what grows without bound where ``s_i`` and ``s_j`` are
@@ -27,7 +28,7 @@ _CLOSE = 8  # eps s_1: singular values no further apart count as equal
 
 
 class _Residual:
-    """``E / scale`` and its transpose, by products with ``A (m, n)``, which is never copied whole."""
+    """``E / scale`` and its transpose, by products with ``A (m, n)``, never copied whole."""
 
     def __init__(self, A: Tensor, U: Tensor, V: Tensor, scale: Tensor) -> None:
         self.A, self.U, self.V, self.scale = A, U, V, scale
@@ -66,7 +67,7 @@ def gradient(
     dV: Tensor | None,
     center: bool,
 ) -> Tensor:
-    """``dA (m, n)`` of one matrix; with ``center`` of ``A - mean``, to whose ``U`` ones are normal."""
+    """``dA (m, n)`` for one matrix. With ``center`` the decomposition is that of ``A - mean``."""
     left = U if dS is None else U * dS  # dA = left V^T + U right^T
     if dU is None and dV is None:
         return left @ V.T if dS is not None else torch.zeros_like(left @ V.T)
@@ -79,6 +80,7 @@ def gradient(
     inner = (skew_u + skew_v) * _inverse(s - s[:, None])
     inner += (skew_u - skew_v) * _inverse(s + s[:, None])
     left = (left if dS is not None else 0) + U @ (inner / scale)
+    # Ones are normal to U then, and A - mean is A with them projected off.
     ones = [U.new_full((len(U), 1), len(U) ** -0.5)] if center else []
     E = _Residual(A, torch.cat([U, *ones], 1), V, scale)
     X, Y = outer(
@@ -95,7 +97,7 @@ def _skew(M: Tensor) -> Tensor:
 
 
 def outer(E: _Residual, s: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """``X, Y`` with ``s_i x_i - E y_i = left_i``, ``s_i y_i - E^T x_i = right_i``; 0 for ``s_i = 0``.
+    """``s_i x_i - E y_i = left_i``, ``s_i y_i - E^T x_i = right_i``; 0 for ``s_i = 0``.
 
     One of the two is eliminated, the longer: ``(s_i^2 - E^T E) y_i = s_i right_i + E^T left_i``.
     """
@@ -191,9 +193,11 @@ def _report(unsolved: Tensor) -> None:
 
 
 def _ritz(E: _Residual, start: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Ritz vectors ``W`` of ``E^T E`` in the block Krylov space of `start`, ``E^T E W`` and the roots
-    of the Ritz values. Where this space is all that is outside V, W spans that and the second is
-    None."""
+    """Ritz vectors ``W`` of ``E^T E``, ``E^T E W`` and the roots of the Ritz values.
+
+    In the block Krylov space of `start`; where that is as large as all that is outside V, of that,
+    and the second is None.
+    """
     n, known = E.V.shape
     width = max(start.shape[1], _WIDTH)
     blocks = max(_BLOCKS, -(-_BASIS // width))
