@@ -45,6 +45,11 @@ def svd(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.ops.structmat.randomized_svd(A, 5, 3, None, 1)
 
 
+def svd_list(*A: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    U, S, Vh, facts = torch.ops.structmat.randomized_svd_list(list(A), [2, 3], None, None, 1)
+    return (*U, *S, *Vh, facts)
+
+
 def streaming(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Updates, folds, a merge and the result of second moments."""
     ops, n, rank = torch.ops.structmat, A.shape[1], 2
@@ -81,6 +86,7 @@ OPERATIONS = [
     low_rank("low_rank_linear, odd sizes", 33, 41, 57, 13),
     low_rank("low_rank_linear, one token", 1, 96, 80, 24),
     Operation("randomized_svd", ((67, 45),), svd, False),
+    Operation("randomized_svd_list", ((13, 9), (5, 11)), svd_list, False, (torch.float32,)),
     Operation("streaming_svd", ((133, 9),), streaming, False),
     Operation("streaming_svd, wide rows", ((3, 131),), streaming_wide, False, (torch.float32,)),
     Operation("gaussian", ((0,),), gaussian, False, (torch.float32, torch.float64)),

@@ -157,8 +157,8 @@ def randomized_svd(
         torch.linalg.LinAlgError: ``A`` contains NaN or Inf, or a singular value or the norm exceeds
             the range of its type; which matrix of a batch or list, the message says. In a compiled
             or captured graph there is no exception: the result is NaN.
-        RuntimeError: under ``torch.func`` transforms and forward-mode differentiation, and for
-            second derivatives.
+        RuntimeError: under ``torch.func`` transforms and forward-mode differentiation, for second
+            derivatives, and for gradients of U and Vh while a CUDA graph is captured.
 
     U, S and Vh have gradients, those of the exact truncated decomposition at the vectors found:
     they are as accurate as these, so that slowly falling singular values ask for more sweeps. With

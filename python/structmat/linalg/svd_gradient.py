@@ -41,9 +41,9 @@ class _Residual:
 
 
 def _product(A: Tensor, X: Tensor) -> Tensor:
-    if A.dtype == X.dtype:
+    if A.dtype == X.dtype and min(A.stride()) == 1:
         return A @ X
-    rows = max(1, (1 << 22) // A.shape[1])  # 16-bit: converted 16 MB at a time
+    rows = max(1, (1 << 22) // A.shape[1])  # what torch would copy, 4 million numbers at a time
     return torch.cat([part.to(X.dtype) @ X for part in A.split(rows)])
 
 
@@ -71,6 +71,11 @@ def gradient(
     left = U if dS is None else U * dS  # dA = left V^T + U right^T
     if dU is None and dV is None:
         return left @ V.T if dS is not None else torch.zeros_like(left @ V.T)
+    if A.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "randomized_svd: the gradient of U and Vh waits for the device, which a CUDA graph "
+            "cannot; that of S does not"
+        )
     scale = torch.where(S[0] > 0, S[0], 1)
     s = S / scale
     zero = s.new_zeros(len(s), len(s))
@@ -106,7 +111,9 @@ def outer(E: _Residual, s: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor,
         return X, Y
     eps = torch.finfo(s.dtype).eps
     live = s > max(len(left), len(right)) * eps
-    left, right = (torch.where(live, t, 0) for t in (left, right))
+    size = torch.maximum(left.abs().amax(0), right.abs().amax(0))
+    size = torch.where(size > 0, size, 1)  # products of A with numbers of size 1 do not overflow
+    left, right = (torch.where(live, t / size, 0) for t in (left, right))
     s = torch.where(live, s, 1)
     target = s * right + E.transposed_times(left)
     # The result is no more accurate than the vectors, A v_i = s_i u_i.
@@ -114,19 +121,11 @@ def outer(E: _Residual, s: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor,
     inexact = (_product(E.A, E.V[:, :k]) / E.scale - E.U[:, :k] * s).norm(dim=0) / s
     accuracy = (inexact / 10).clamp(4 * eps, 0.01)
     noise = 8 * eps * (s * right.norm(dim=0) + left.norm(dim=0))
-    chosen: Any = target.norm(dim=0) > noise
-    if _captured(s):
-        Y = _solve(E, s, target, accuracy)
-    else:
-        Y = torch.zeros_like(target)
-        if bool(chosen.any()):
-            Y[:, chosen] = _solve(E, s[chosen], target[:, chosen], accuracy[chosen])
-    return (left + E.times(Y)) / s, Y
-
-
-def _captured(t: Tensor) -> bool:
-    """Nothing may be asked of the device then, so no iteration ends early."""
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+    Y = torch.zeros_like(target)
+    chosen = (target.norm(dim=0) > noise) | target.norm(dim=0).isnan()
+    if bool(chosen.any()):
+        Y[:, chosen] = _solve(E, s[chosen], target[:, chosen], accuracy[chosen])
+    return size * ((left + E.times(Y)) / s), size * Y
 
 
 def _solve(E: _Residual, s: Tensor, target: Tensor, accuracy: Tensor) -> Tensor:
@@ -158,7 +157,7 @@ def _solve(E: _Residual, s: Tensor, target: Tensor, accuracy: Tensor) -> Tensor:
     size, stopped = residual.norm(dim=0), torch.zeros_like(s, dtype=torch.bool)
     state = [residual, direction, torch.zeros_like(residual), size, bound, stopped, s, inverse]
     for step in range(_ITERATIONS):
-        if step % 4 == 0 and not _captured(s):
+        if step % 4 == 0:
             keep = ((state[3] > state[4]) & ~state[5]).nonzero()[:, 0]
             if len(keep) < len(columns):
                 Z[:, columns], left[columns] = state[2], state[3]
@@ -184,7 +183,7 @@ def _solve(E: _Residual, s: Tensor, target: Tensor, accuracy: Tensor) -> Tensor:
 
 
 def _report(unsolved: Tensor) -> None:
-    if not _captured(unsolved) and bool(unsolved.any()):
+    if bool(unsolved.any()):
         warnings.warn(
             "randomized_svd: the gradient of U and Vh is not determined: a singular value kept and "
             "one left out are too close, or the vectors too inexact, which more sweeps help",
