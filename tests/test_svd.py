@@ -304,7 +304,7 @@ def test_transforms_are_refused():
 
 
 BAD = [
-    (TypeError, "A must be a tensor, got list", {"A": [[1.0]]}),
+    (TypeError, "A must be a tensor, got float", {"A": 1.0}),
     (TypeError, "A is torch.int64, wanted one of torch.float32", {"A": torch.ones(4, 3).long()}),
     (TypeError, "A is torch.complex64", {"A": torch.ones(4, 3, dtype=torch.complex64)}),
     (TypeError, "A must be dense", {"A": torch.ones(4, 3).to_sparse()}),
