@@ -82,6 +82,7 @@ std::size_t count_alone(const std::vector<double>& costs, int threads) {
   const std::size_t most = std::min(costs.size(), 2 * lanes);
   std::size_t best = 0;
   double before = 0, least = std::numeric_limits<double>::infinity();
+  double rest = std::accumulate(costs.begin(), costs.end(), 0.0);
   for (std::size_t alone = 0; alone <= most; ++alone) {
     std::vector<double> busy(lanes, 0.0);
     for (std::size_t i = alone; i < costs.size(); ++i)
@@ -91,7 +92,9 @@ std::size_t count_alone(const std::vector<double>& costs, int threads) {
       least = end;
       best = alone;
     }
-    if (alone < most) before += costs[alone] / (0.8 * threads);
+    if (alone == most || rest > 8.0 * threads * costs[alone]) break;  // even enough
+    before += costs[alone] / (0.8 * threads);
+    rest -= costs[alone];
   }
   return best;
 }
