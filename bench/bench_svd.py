@@ -82,6 +82,52 @@ def row(m: int, n: int, k: int, args: Any, roofline: Roofline) -> dict[str, Any]
     }
 
 
+# The linear layers of a small model, and some of larger ones.
+LAYERS = [
+    *[(384, 384), (384, 1536), (1536, 384)] * 48,
+    *[(1024, 1024)] * 14,
+    *[(1024, 4096), (4096, 1024)] * 4,
+    *[(2048, 2048)] * 2,
+    *[(4096, 4096)] * 2,
+]
+
+
+def layers(args: Any) -> dict[str, Any]:
+    """A list of matrices in one call, in one call each, and by torch."""
+    shapes, k = ([(40, 30), (20, 60)], 4) if args.tiny else (LAYERS, 64)
+    kinds = {shape: matrix(*shape, args.device) for shape in set(shapes)}
+    matrices = [kinds[shape].clone() for shape in shapes]
+
+    def ours() -> list[Factors]:
+        results = [tuple(result) for result in sm.linalg.randomized_svd(matrices, k)]
+        synchronize(args.device)
+        return results
+
+    functions = {
+        "structmat": ours,
+        "structmat, loop": lambda: [contenders(A, k)["structmat"]() for A in matrices],
+        "torch, loop": lambda: [contenders(A, k)["torch"]() for A in matrices],
+    }
+    excess = {}
+    for name, function in functions.items():
+        found = zip(shapes, matrices, function(), strict=True)
+        excess[name] = max(
+            float((A - (U * S) @ Vh).double().norm())
+            / float((1 / torch.arange(k + 1, min(shape) + 1, dtype=torch.float64)).sum().sqrt())
+            - 1
+            for shape, A, (U, S, Vh) in found
+        )
+    seconds = measure(functions, "cpu", budget=6, tiny=args.tiny, settle=0.1)
+    ratio = {name: s / seconds["structmat"] for name, s in seconds.items() if name != "structmat"}
+    return {
+        "matrices": len(shapes),
+        "rank": k,
+        "seconds": seconds,
+        "ratio": ratio,
+        "excess": excess,
+    }
+
+
 SWEEPS = (2, 3, 4, 5, 6, 7)
 
 
@@ -139,6 +185,12 @@ def main() -> None:
             ratio = found["ratio"].get(name, 1.0)
             excess = found["excess"][name]
             print(f"  {name:14} {1e3 * spent:9.2f} ms  ratio {ratio:5.2f}  excess {excess:.2e}")
+    rows.append(layers(args))
+    found = rows[-1]
+    print(f"{found['matrices']} matrices in a list, rank {found['rank']}")
+    for name, spent in found["seconds"].items():
+        ratio, excess = found["ratio"].get(name, 1.0), found["excess"][name]
+        print(f"  {name:15} {1e3 * spent:8.1f} ms  ratio {ratio:5.2f}  excess {excess:.2e}")
     write(args, "svd", rows)
 
 

@@ -52,6 +52,11 @@ def orthonormalize(Y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.ops.structmat.orthonormalize(torch.cat([Y, Y], dim=1), 1)
 
 
+def svd_list(*A: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    U, S, Vh, facts = torch.ops.structmat.randomized_svd_list(list(A), [2, 3], None, None, 1)
+    return (*U, *S, *Vh, facts)
+
+
 def streaming(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Updates, folds, a merge and the result of second moments."""
     ops, n, rank = torch.ops.structmat, A.shape[1], 2
@@ -90,6 +95,7 @@ OPERATIONS = [
     Operation("gram_matmul", ((67, 45), (45, 5)), sm.linalg.gram_matmul),
     Operation("orthonormalize", ((41, 7),), orthonormalize, False, WIDE),
     Operation("randomized_svd", ((67, 45),), svd, False),
+    Operation("randomized_svd_list", ((13, 9), (5, 11)), svd_list, False, (torch.float32,)),
     Operation("streaming_svd", ((133, 9),), streaming, False),
     Operation("streaming_svd, wide rows", ((3, 131),), streaming_wide, False, (torch.float32,)),
     Operation("gaussian", ((0,),), gaussian, False, WIDE),

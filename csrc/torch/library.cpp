@@ -30,6 +30,12 @@ STRUCTMAT_LIBRARY(m) {
   m.def(
       "randomized_svd(Tensor A, int rank, int? oversample, int? sweeps, int seed) -> "
       "(Tensor U, Tensor S, Tensor Vh, Tensor info)");
+  m.def(
+      "randomized_svd_list(Tensor[] A, int[] rank, int? oversample, int? sweeps, int seed) -> "
+      "(Tensor[] U, Tensor[] S, Tensor[] Vh, Tensor info)");
+  m.def(  // its kernel is python/structmat/linalg/svd_gradient.py
+      "randomized_svd_backward(Tensor A, Tensor U, Tensor S, Tensor Vh, Tensor? dU, Tensor? dS, "
+      "Tensor? dVh, bool center) -> Tensor");
   m.def("streaming_svd_shape(int n, int rank) -> (int keep, int chunk)");
   m.def("streaming_svd_check(Tensor rows) -> Tensor");
   m.def(

@@ -1,8 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "structmat/svd.h"
 
+#include <algorithm>
+#include <functional>
+#include <limits>
+#include <numeric>
 #include <string>
+#include <vector>
 
+#include "parallel.h"
 #include "structmat/error.h"
 #include "svd/svd_kernels.h"
 
@@ -38,16 +44,8 @@ void check_output(const void* data, DType dtype, DType wanted_dtype, std::int64_
           ", wanted " + name_of(wanted_dtype) + " " + shape(wanted_rows, wanted_cols));
 }
 
-// B = A or A^T, tall.
-StridedMatrixView tall_view(const StridedMatrixView& a, const SvdPlan& plan) {
-  if (!plan.swapped) return a;
-  return {a.data, a.dtype, a.cols, a.rows, a.col_stride, a.row_stride};
-}
-
-}  // namespace
-
-void randomized_svd(const Context& context, const StridedMatrixView& a, const SvdOptions& options,
-                    MatrixView u, VectorView s, MatrixView vh, SvdInfo* info) {
+void check_problem(const StridedMatrixView& a, const SvdOptions& options, const MatrixView& u,
+                   const VectorView& s, const MatrixView& vh, const SvdInfo* info) {
   check_options(a, options);
   const DType dtype = a.dtype == DType::f64 ? DType::f64 : DType::f32;
   const std::int64_t k = options.rank;
@@ -55,12 +53,100 @@ void randomized_svd(const Context& context, const StridedMatrixView& a, const Sv
   check_output(s.data, s.dtype, dtype, s.size, 1, k, 1, "S");
   check_output(vh.data, vh.dtype, dtype, vh.rows, vh.cols, k, a.cols, "Vh");
   STRUCTMAT_CHECK(info != nullptr, "randomized_svd: info is null");
+}
+
+void check_workspace(const Context& context, std::size_t wanted) {
+  STRUCTMAT_CHECK(context.workspace_bytes >= wanted,
+                  "randomized_svd: the workspace has " + std::to_string(context.workspace_bytes) +
+                      " bytes, wanted " + std::to_string(wanted));
+}
+
+// B = A or A^T, tall.
+StridedMatrixView tall_view(const StridedMatrixView& a, const SvdPlan& plan) {
+  if (!plan.swapped) return a;
+  return {a.data, a.dtype, a.cols, a.rows, a.col_stride, a.row_stride};
+}
+
+// The floating-point operations of a decomposition, roughly: what orders the matrices of a list.
+double cost_of(const SvdProblem& problem) {
+  const double m = static_cast<double>(problem.a.rows), n = static_cast<double>(problem.a.cols);
+  const double l = static_cast<double>(problem.options.rank) + 16;
+  return 10 * m * n * l + 40 * (m + n) * l * l;
+}
+
+// How many of the largest matrices to give all threads, one after the other, before the others run
+// side by side, one thread each: as many as end soonest. `costs` descend. Threads share the work of
+// one matrix at 4/5 of their rate.
+std::size_t count_alone(const std::vector<double>& costs, int threads) {
+  const auto lanes = static_cast<std::size_t>(threads);
+  const std::size_t most = std::min(costs.size(), 2 * lanes);
+  std::size_t best = 0;
+  double before = 0, least = std::numeric_limits<double>::infinity();
+  double rest = std::accumulate(costs.begin(), costs.end(), 0.0);
+  for (std::size_t alone = 0; alone <= most; ++alone) {
+    std::vector<double> busy(lanes, 0.0);
+    for (std::size_t i = alone; i < costs.size(); ++i)
+      *std::min_element(busy.begin(), busy.end()) += costs[i];
+    const double end = before + *std::max_element(busy.begin(), busy.end());
+    if (end < least) {
+      least = end;
+      best = alone;
+    }
+    if (alone == most || rest > 8.0 * threads * costs[alone]) break;  // even enough
+    before += costs[alone] / (0.8 * threads);
+    rest -= costs[alone];
+  }
+  return best;
+}
+
+template <class T>
+void fill_nan(const SvdProblem& problem) {
+  constexpr T nan = std::numeric_limits<T>::quiet_NaN();
+  for (const MatrixView& factor : {problem.u, problem.vh})
+    for (std::int64_t i = 0; i < factor.rows; ++i)
+      std::fill_n(static_cast<T*>(factor.data) + i * factor.row_stride, factor.cols, nan);
+  std::fill_n(static_cast<T*>(problem.s.data), problem.s.size, nan);
+}
+
+void run_cpu(const Context& context, const SvdProblem& problem) {
+  const SvdPlan plan = plan_svd(problem.a.rows, problem.a.cols, problem.options, Device::cpu);
+  try {
+    randomized_svd_cpu(context, tall_view(problem.a, plan), plan, problem.options.seed, problem.u,
+                       problem.s, problem.vh, problem.info);
+  } catch (const LinAlgError&) {
+    problem.s.dtype == DType::f64 ? fill_nan<double>(problem) : fill_nan<float>(problem);
+    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+    *problem.info = {nan, nan, nan, nan, 0};
+  }
+}
+
+// Largest first: a small one that comes last keeps few threads waiting.
+void run_list_cpu(const Context& context, const SvdProblem* problems, std::int64_t count) {
+  std::vector<std::int64_t> order(static_cast<std::size_t>(count));
+  std::iota(order.begin(), order.end(), std::int64_t{0});
+  std::vector<double> costs;
+  for (std::int64_t i = 0; i < count; ++i) costs.push_back(cost_of(problems[i]));
+  std::stable_sort(order.begin(), order.end(), [&](std::int64_t i, std::int64_t j) {
+    return costs[static_cast<std::size_t>(i)] > costs[static_cast<std::size_t>(j)];
+  });
+  std::sort(costs.begin(), costs.end(), std::greater<>());
+  const std::size_t alone = count_alone(costs, thread_count(context));
+  for (std::size_t i = 0; i < alone; ++i) run_cpu(context, problems[order[i]]);
+  Context single = context;
+  single.threads = 1;
+  parallel_for(context, count - static_cast<std::int64_t>(alone), [&](std::int64_t i) {
+    run_cpu(single, problems[order[alone + static_cast<std::size_t>(i)]]);
+  });
+}
+
+}  // namespace
+
+void randomized_svd(const Context& context, const StridedMatrixView& a, const SvdOptions& options,
+                    MatrixView u, VectorView s, MatrixView vh, SvdInfo* info) {
+  check_problem(a, options, u, s, vh, info);
   const SvdPlan plan = plan_svd(a.rows, a.cols, options, context.device);
   if (context.device == Device::cuda) {
-    const std::size_t wanted = randomized_svd_workspace(context, a, options);
-    STRUCTMAT_CHECK(context.workspace_bytes >= wanted,
-                    "randomized_svd: the workspace has " + std::to_string(context.workspace_bytes) +
-                        " bytes, wanted " + std::to_string(wanted));
+    check_workspace(context, randomized_svd_workspace(context, a, options));
     randomized_svd_cuda(context, tall_view(a, plan), plan, options.seed, u, s, vh, info);
   } else {
     randomized_svd_cpu(context, tall_view(a, plan), plan, options.seed, u, s, vh, info);
@@ -73,6 +159,29 @@ std::size_t randomized_svd_workspace(const Context& context, const StridedMatrix
   if (context.device != Device::cuda) return 0;
   const SvdPlan plan = plan_svd(a.rows, a.cols, options, context.device);
   return randomized_svd_workspace_cuda(tall_view(a, plan), plan);
+}
+
+void randomized_svd(const Context& context, const SvdProblem* problems, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const SvdProblem& p = problems[i];
+    check_problem(p.a, p.options, p.u, p.s, p.vh, p.info);
+  }
+  if (context.device != Device::cuda) return run_list_cpu(context, problems, count);
+  check_workspace(context, randomized_svd_workspace(context, problems, count));
+  for (std::int64_t i = 0; i < count; ++i) {
+    const SvdProblem& p = problems[i];
+    const SvdPlan plan = plan_svd(p.a.rows, p.a.cols, p.options, Device::cuda);
+    randomized_svd_cuda(context, tall_view(p.a, plan), plan, p.options.seed, p.u, p.s, p.vh,
+                        p.info);
+  }
+}
+
+std::size_t randomized_svd_workspace(const Context& context, const SvdProblem* problems,
+                                     std::int64_t count) {
+  std::size_t most = 0;
+  for (std::int64_t i = 0; i < count; ++i)
+    most = std::max(most, randomized_svd_workspace(context, problems[i].a, problems[i].options));
+  return most;
 }
 
 }  // namespace structmat

@@ -232,12 +232,6 @@ S* sum_memory(std::int64_t count) {
   static thread_local Scratch memory;
   return memory.get<S>(count);
 }
-template <class S>
-S* panel_memory(std::int64_t count) {
-  static thread_local Scratch memory;
-  return memory.get<S>(count);
-}
-
 // The norms of tasks, added in order.
 class Norms {
  public:
@@ -261,7 +255,8 @@ void multiply(const Context& context, const Sweep& a, Panel<S> x, Panel<S> y) {
   const std::int64_t m = a.s.rows, n = a.s.cols;
   const Groups<S> groups(x.cols);
   const Tiles<S> source(a);
-  S* const packed = panel_memory<S>(n * groups.width);
+  Scratch memory;  // of the call: X may be large
+  S* const packed = memory.get<S>(n * groups.width);
   parallel_for(context, ceil_div(n, kStripe), [&](std::int64_t i) {
     const std::int64_t r0 = i * kStripe;
     groups.pack(x, r0, std::min(kStripe, n - r0), packed, n, r0);

@@ -63,4 +63,25 @@ STRUCTMAT_API std::size_t randomized_svd_workspace(const Context& context,
                                                    const StridedMatrixView& a,
                                                    const SvdOptions& options);
 
+// The arguments of one decomposition of many, of any shape, type and rank.
+struct SvdProblem {
+  StridedMatrixView a;
+  SvdOptions options;
+  MatrixView u;
+  VectorView s;
+  MatrixView vh;
+  SvdInfo* info = nullptr;
+};
+
+// All problems, each with the bits of a call of its own. On the CPU whole matrices run side by
+// side, one thread each, but for those too large to share the threads evenly; on a GPU one after
+// the other. A matrix without a finite decomposition stops no other and throws nothing, on the CPU
+// too: its `info->finite` is 0 and its results are NaN.
+STRUCTMAT_API void randomized_svd(const Context& context, const SvdProblem* problems,
+                                  std::int64_t count);
+
+// The largest any of them asks for.
+STRUCTMAT_API std::size_t randomized_svd_workspace(const Context& context,
+                                                   const SvdProblem* problems, std::int64_t count);
+
 }  // namespace structmat

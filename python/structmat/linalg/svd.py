@@ -2,17 +2,23 @@
 """Truncated singular value decomposition."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import svd_gradient  # noqa: F401  (registers the gradient)
+
+_OP = "randomized_svd"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class SVDInfo:
     """Facts about a decomposition, read from the device when one is asked for.
+
+    For a batch each is a tensor of the batch's shape, on its device.
 
     Attributes:
         rank: singular values above ``max(m, n) eps S[0]``, at most the rank asked for.
@@ -27,28 +33,37 @@ class SVDInfo:
         (3, 2, True)
     """
 
-    converged = True
-
     def __init__(self, facts: Tensor) -> None:
-        self._facts = facts  # error, norm, rank, sweeps, finite: SvdInfo of structmat/svd.h
+        # error, norm, rank, sweeps, finite along the last dimension: SvdInfo of structmat/svd.h
+        self._facts = facts
 
     @property
-    def error(self) -> float:
-        return float(self._facts[0])
+    def error(self) -> Any:
+        error = self._facts[..., 0]
+        return error.clone() if error.dim() else float(error)
 
     @property
-    def rank(self) -> int:
+    def rank(self) -> Any:
         return self._count(2)
 
     @property
-    def sweeps(self) -> int:
+    def sweeps(self) -> Any:
         return self._count(3)
 
-    def _count(self, fact: int) -> int:
-        value = float(self._facts[fact])
+    @property
+    def converged(self) -> Any:
+        batch = self._facts.shape[:-1]
+        return torch.ones(batch, dtype=torch.bool, device=self._facts.device) if batch else True
+
+    def _count(self, fact: int) -> Any:
+        value = self._facts[..., fact]
+        if value.dim():
+            return value.nan_to_num(0).long()
         return 0 if math.isnan(value) else int(value)  # NaN: there was no result, in a graph
 
     def __repr__(self) -> str:
+        if self._facts.dim() > 1:
+            return f"SVDInfo of a batch of shape {tuple(self._facts.shape[:-1])}"
         return (
             f"SVDInfo(rank={self.rank}, sweeps={self.sweeps}, error={self.error:.3g}, "
             f"converged={self.converged})"
@@ -62,7 +77,8 @@ class _Factors(NamedTuple):
 
 
 class SVDResult(_Factors):
-    """The triple ``U (m, k)``, ``S (k,)``, ``Vh (k, n)`` with ``.info``, an :class:`SVDInfo`.
+    """The triple ``U (..., m, k)``, ``S (..., k)``, ``Vh (..., k, n)`` with ``.info``, an
+    :class:`SVDInfo`.
 
     Example:
         >>> import torch, structmat as sm
@@ -75,6 +91,7 @@ class SVDResult(_Factors):
     info: SVDInfo
 
 
+@overload
 def randomized_svd(
     A: Tensor,
     rank: int,
@@ -82,7 +99,24 @@ def randomized_svd(
     oversample: int | None = None,
     sweeps: int | None = None,
     seed: int = 0,
-) -> SVDResult:
+) -> SVDResult: ...
+@overload
+def randomized_svd(
+    A: Sequence[Tensor],
+    rank: int | Sequence[int],
+    *,
+    oversample: int | None = None,
+    sweeps: int | None = None,
+    seed: int = 0,
+) -> list[SVDResult]: ...
+def randomized_svd(
+    A: Tensor | Sequence[Tensor],
+    rank: int | Sequence[int],
+    *,
+    oversample: int | None = None,
+    sweeps: int | None = None,
+    seed: int = 0,
+) -> SVDResult | list[SVDResult]:
     """The leading singular triplets of a matrix, from a few products with it.
 
     ``A = U diag(S) Vh`` up to what rank ``k`` leaves, as the first ``k`` triplets of
@@ -91,9 +125,10 @@ def randomized_svd(
     build a block Krylov space, on which the singular value problem is solved exactly.
 
     Args:
-        A: ``(m, n)``, float32, float64, bfloat16 or float16, on the CPU or a CUDA device, with any
-            strides: a transpose or a slice is read where it lies. Neither copied nor changed.
-        rank: ``k``, 1 to ``min(m, n)``.
+        A: ``(..., m, n)``, float32, float64, bfloat16 or float16, on the CPU or a CUDA device, with
+            any strides: a transpose or a slice is read where it lies. Neither copied nor changed.
+            Or a list of matrices of any shapes and dtypes on one device.
+        rank: ``k``, 1 to ``min(m, n)``; for a list one number or one for each matrix.
         oversample: columns beyond ``rank``. By default at least 8, up to a block of a multiple of
             16 columns, which costs no time.
         sweeps: passes over ``A``, at least 2; 5 by default. With 5 the error is within 1 % of the
@@ -101,13 +136,14 @@ def randomized_svd(
             faster (`docs/svd.md` has the table). Two more passes divide the excess by about 7.
             Where ``rank + oversample`` nearly fills the smaller dimension the result is exact
             and takes 2.
-        seed: of the random block, 0 to 2^63 - 1. The same inputs give the same bits for any number
-            of threads.
+        seed: of the random block, 0 to 2^63 - 1, the same for every matrix. The same inputs give
+            the same bits for any number of threads, in a batch or list as in a call of their own.
 
     Returns:
-        :class:`SVDResult`, which unpacks as ``U (m, k)``, ``S (k,)`` descending, ``Vh (k, n)``, of
-        A's dtype, float32 for 16-bit ``A``. U and Vh are orthonormal to rounding whatever ``A`` is.
-        The entry of largest magnitude in each column of ``U`` is positive.
+        :class:`SVDResult`, which unpacks as ``U (..., m, k)``, ``S (..., k)`` descending,
+        ``Vh (..., k, n)``, of A's dtype, float32 for 16-bit ``A``; for a list, one for each matrix.
+        U and Vh are orthonormal to rounding whatever ``A`` is. The entry of largest magnitude in
+        each column of ``U`` is positive.
 
         ``.info.error`` estimates ``||A - U diag(S) Vh||_F / ||A||_F`` from
         ``||A||_F^2 - ||A^T Q||_F^2``, sums in float64, and the singular values left out. Where the
@@ -115,21 +151,39 @@ def randomized_svd(
         in float64), where rounding in the products would hide the difference.
 
     Raises:
-        TypeError: ``A`` is not a tensor, or of another dtype.
-        ValueError: ``A`` is empty or has not 2 dimensions; rank, oversample, sweeps or seed is out
-            of range.
+        TypeError: ``A`` is not a tensor or a list of tensors, or of another dtype.
+        ValueError: a matrix is empty or has less than 2 dimensions, in a list not 2; matrices of a
+            list are on different devices; rank, oversample, sweeps or seed is out of range.
         torch.linalg.LinAlgError: ``A`` contains NaN or Inf, or a singular value or the norm exceeds
-            the range of its type. In a compiled or captured graph there is no exception: the result
-            is NaN.
-        RuntimeError: ``A`` requires grad; gradients are not defined yet. Pass ``A.detach()``.
+            the range of its type; which matrix of a batch or list, the message says. In a compiled
+            or captured graph there is no exception: the result is NaN.
+        RuntimeError: under ``torch.func`` transforms and forward-mode differentiation, for second
+            derivatives, and for gradients of U and Vh while a CUDA graph is captured.
+
+    U, S and Vh have gradients, those of the exact truncated decomposition at the vectors found:
+    they are as accurate as these, so that slowly falling singular values ask for more sweeps. With
+    ``A = U S Vh + E`` the part that comes from ``E`` is included, by an iteration in products with
+    ``A``. Close or equal singular values among the ``k`` do no harm where the loss does not depend
+    on how they are split, except that of a product ``U S Vh`` at values equal to rounding the
+    entries between these are left out. Where ``S[k-1]`` is equal to the next value left out, or the
+    vectors do not tell the two apart, the gradient of vectors next to the cut does not exist: what
+    comes back is finite, and a warning says so. ``.info`` has no gradient.
 
     Cost: ``2 m n l`` FLOPs a sweep, ``l = rank + oversample``, and ``O((m + n) l^2 + l^3)``. Memory
     beyond ``A``: ``2 (m + 2 n) l`` numbers for ``m >= n``; on the CPU up to ``m l`` more for sums,
     on CUDA ``m l + 24 l^2`` float64 numbers, 32 MB for cuBLAS and, where ``A`` is 16-bit or has two
-    strides, 64 or 128 MB to convert it in parts.
+    strides, 64 or 128 MB to convert it in parts. On the CPU the matrices of a batch or list run
+    side by side, one thread each, and each running one takes this memory.
+
+    The gradient of S alone is ``U diag(dS) Vh``. That of vectors takes 9 passes over ``A`` with as
+    many columns as have a gradient (at least 8), and two more a step with those not yet solved, up
+    to 200 steps, usually 10 to 15 passes in all, and about
+    ``20 min(m, n) k`` numbers.
 
     Source: Halko, Martinsson, Tropp, SIAM Review 53 (2011), sections 4.5 and 5.1; Musco and Musco,
-    NIPS 2015 (block Krylov); Fukaya et al., SIAM J. Sci. Comput. 42 (2020) (CholeskyQR).
+    NIPS 2015 (block Krylov); Fukaya et al., SIAM J. Sci. Comput. 42 (2020) (CholeskyQR). Gradient:
+    Townsend, Differentiating the singular value decomposition (2016), with the system for what is
+    outside the leading vectors solved by a deflated conjugate gradient method.
 
     Example:
         >>> import torch, structmat as sm
@@ -137,77 +191,137 @@ def randomized_svd(
         >>> U, S, Vh = sm.linalg.randomized_svd(A, 8)
         >>> torch.allclose((U * S) @ Vh, A, atol=1e-3)
         True
+        >>> layers = [torch.randn(64, 32), torch.randn(32, 96)]
+        >>> [tuple(result.U.shape) for result in sm.linalg.randomized_svd(layers, 4)]
+        [(64, 4), (32, 4)]
     """
-    _check(A, rank, oversample, sweeps, seed)
+    _check_options(oversample, sweeps, seed)
+    if not isinstance(A, Tensor) and isinstance(A, Sequence):
+        return _of_list(list(A), rank, oversample, sweeps, seed)
+    _check(A, rank)
     U, S, Vh, facts = torch.ops.structmat.randomized_svd.default(A, rank, oversample, sweeps, seed)
-    in_graph = torch.compiler.is_compiling() or (
-        A.is_cuda and torch.cuda.is_current_stream_capturing()
+    _require_finite(A, facts)
+    return _result(U, S, Vh, facts)
+
+
+def _of_list(
+    A: list[Tensor], rank: Any, oversample: int | None, sweeps: int | None, seed: int
+) -> list[SVDResult]:
+    each = not isinstance(rank, Tensor) and isinstance(rank, Sequence)
+    ranks = list(rank) if each else [rank] * len(A)
+    if len(ranks) != len(A):
+        raise ValueError(f"{_OP}: {len(ranks)} ranks for a list of {len(A)} matrices")
+    for i, (a, k) in enumerate(zip(A, ranks, strict=True)):
+        _check(a, k, f"A[{i}]", f"rank[{i}]" if each else "rank")
+        if a.dim() != 2:
+            raise ValueError(f"{_OP}: A[{i}] must have 2 dimensions in a list, got {a.dim()}")
+        if a.device != A[0].device:
+            raise ValueError(f"{_OP}: A[{i}] is on {a.device}, A[0] on {A[0].device}")
+    if not A:
+        return []
+    *factors, facts = torch.ops.structmat.randomized_svd_list.default(
+        A, ranks, oversample, sweeps, seed
     )
-    if not in_graph and not float(facts[4]):
-        reason = (
-            "a singular value or the norm exceeds the range of its dtype, or the iteration did "
-            "not converge"
-            if bool(A.isfinite().all())
-            else "A contains NaN or Inf"
-        )
-        raise torch.linalg.LinAlgError(f"randomized_svd: {reason}")  # type: ignore[attr-defined]
+    _require_finite(A, facts)
+    results = [_result(*one) for one in zip(*factors, facts.unbind(), strict=True)]
+    for i, a in enumerate(A):  # one that requires grad makes all results do
+        if not a.requires_grad and results[i].S.requires_grad:
+            U, S, Vh = (t.detach() for t in results[i])
+            results[i] = _result(U, S, Vh, facts[i])
+    return results
+
+
+def _result(U: Tensor, S: Tensor, Vh: Tensor, facts: Tensor) -> SVDResult:
     result = SVDResult(U, S, Vh)
-    result.info = SVDInfo(facts)
+    result.info = SVDInfo(facts.detach())
     return result
 
 
-def _check(A: Any, rank: int, oversample: int | None, sweeps: int | None, seed: int) -> None:
-    """Raises for arguments the operator does not take."""
-    op = "randomized_svd"
-    if not isinstance(A, Tensor):
-        raise TypeError(f"{op}: A must be a tensor, got {type(A).__name__}")
-    if A.layout != torch.strided:
-        raise TypeError(f"{op}: A must be dense, got layout {A.layout}")
-    if A.dtype not in _DTYPES:
-        raise TypeError(f"{op}: A is {A.dtype}, wanted one of " + ", ".join(map(str, _DTYPES)))
-    if A.dim() != 2:
-        raise ValueError(f"{op}: A must have 2 dimensions, got {A.dim()}")
-    if A.numel() == 0:
-        raise ValueError(f"{op}: A is empty, shape {tuple(A.shape)}")
-    if A.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: A requires grad, but has no gradient here; pass A.detach()")
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        raise RuntimeError(f"{op}: there is no rule for torch.func transforms and forward mode")
-    for name, value in (
-        ("rank", rank),
-        ("seed", seed),
-        ("oversample", oversample),
-        ("sweeps", sweeps),
+def _require_finite(A: Tensor | list[Tensor], facts: Tensor) -> None:
+    """Raises for the first matrix of a batch or list that has no decomposition."""
+    if torch.compiler.is_compiling() or (
+        facts.is_cuda and torch.cuda.is_current_stream_capturing()
     ):
-        optional = name in ("oversample", "sweeps")
-        if not (isinstance(value, int) and not isinstance(value, bool)) and not (
-            optional and value is None
-        ):
-            raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
-    if not 1 <= rank <= min(A.shape):
+        return
+    missing = (facts.detach()[..., 4] == 0).nonzero()
+    if not len(missing):
+        return
+    index = tuple(missing[0].tolist())
+    matrix = A[index] if isinstance(A, Tensor) else A[index[0]]
+    name = f"A[{', '.join(map(str, index))}]" if index else "A"
+    reason = (
+        "a singular value or the norm exceeds the range of its dtype, or the iteration did not "
+        "converge" + (f", of {name}" if index else "")
+        if bool(matrix.isfinite().all())
+        else f"{name} contains NaN or Inf"
+    )
+    raise torch.linalg.LinAlgError(f"{_OP}: {reason}")  # type: ignore[attr-defined]
+
+
+def _check(A: Any, rank: Any, name: str = "A", rank_name: str = "rank") -> None:
+    """Raises for a matrix, a batch or a rank that the operator does not take."""
+    if not isinstance(A, Tensor):
+        raise TypeError(f"{_OP}: {name} must be a tensor, got {type(A).__name__}")
+    if A.layout != torch.strided:
+        raise TypeError(f"{_OP}: {name} must be dense, got layout {A.layout}")
+    if A.dtype not in _DTYPES:
+        raise TypeError(f"{_OP}: {name} is {A.dtype}, wanted one of {', '.join(map(str, _DTYPES))}")
+    if A.dim() < 2:
+        raise ValueError(f"{_OP}: {name} must have at least 2 dimensions, got {A.dim()}")
+    if 0 in A.shape[-2:]:
+        raise ValueError(f"{_OP}: {name} is empty, shape {tuple(A.shape)}")
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise RuntimeError(f"{_OP}: there is no rule for torch.func transforms and forward mode")
+    _check_integer(rank_name, rank)
+    if not 1 <= rank <= min(A.shape[-2:]):
         raise ValueError(
-            f"{op}: rank is {rank}, wanted 1 to {min(A.shape)} for A of shape {tuple(A.shape)}"
+            f"{_OP}: {rank_name} is {rank}, wanted 1 to {min(A.shape[-2:])} for {name} of shape "
+            f"{tuple(A.shape)}"
         )
+
+
+def _check_options(oversample: Any, sweeps: Any, seed: Any) -> None:
+    for name, value in (("seed", seed), ("oversample", oversample), ("sweeps", sweeps)):
+        if value is not None or name == "seed":
+            _check_integer(name, value)
     if oversample is not None and oversample < 0:
-        raise ValueError(f"{op}: oversample is {oversample}, wanted at least 0")
+        raise ValueError(f"{_OP}: oversample is {oversample}, wanted at least 0")
     if sweeps is not None and sweeps < 2:
         raise ValueError(
-            f"{op}: sweeps is {sweeps}, wanted at least 2 (one pass finds a range, one more the "
+            f"{_OP}: sweeps is {sweeps}, wanted at least 2 (one pass finds a range, one more the "
             "factors)"
         )
     if not 0 <= seed < 2**63:
-        raise ValueError(f"{op}: seed is {seed}, wanted 0 to 2^63 - 1")
+        raise ValueError(f"{_OP}: seed is {seed}, wanted 0 to 2^63 - 1")
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{_OP}: {name} must be an integer, got {type(value).__name__}")
 
 
 @torch.library.register_fake("structmat::randomized_svd")
 def _(
     A: Tensor, rank: int, oversample: int | None, sweeps: int | None, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    facts = A.new_empty((*A.shape[:-2], 5), dtype=torch.float64)
+    return *_factors_like(A, rank), facts
+
+
+@torch.library.register_fake("structmat::randomized_svd_list")
+def _(
+    A: list[Tensor], rank: list[int], oversample: int | None, sweeps: int | None, seed: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    U, S, Vh = zip(*map(_factors_like, A, rank), strict=True)
+    facts = A[0].new_empty((len(A), 5), dtype=torch.float64)
+    return list(U), list(S), list(Vh), facts
+
+
+def _factors_like(A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-    m, n = A.shape
+    *batch, m, n = A.shape
     return (
-        A.new_empty((m, rank), dtype=dtype),
-        A.new_empty((rank,), dtype=dtype),
-        A.new_empty((rank, n), dtype=dtype),
-        A.new_empty((5,), dtype=torch.float64),
+        A.new_empty((*batch, m, rank), dtype=dtype),
+        A.new_empty((*batch, rank), dtype=dtype),
+        A.new_empty((*batch, rank, n), dtype=dtype),
     )
