@@ -35,8 +35,9 @@ constexpr int kPoison = 0xCD;  // fills shared memory before each block: never z
 
 // ---- Stacks ------------------------------------------------------------------------------
 #if defined(__x86_64__)
-// Most of a kernel's time here goes into switching: swapcontext asks the system for the mask of
-// signals each time, 0.25 us, and this takes 5 ns. What a function must preserve lies on the stack.
+// swapcontext asks the system for the mask of signals each time; with stacks made anew for each
+// launch that was half of the time of the emulated tests. What a function must preserve lies on the
+// stack.
 using Context = void*;  // the stack pointer
 
 __attribute__((naked, noinline)) void swap_stacks(Context*, Context) {
