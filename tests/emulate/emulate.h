@@ -1,21 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a CUDA grid on the CPU: one fibre per thread, blocks one after another. At a barrier a fibre
-// yields; the order of fibres and blocks is shuffled by a seed, so that a missing barrier changes
-// results. Shared memory is poisoned before each block. Broken rules (a barrier that not every
-// thread reaches, a write past shared memory, a launch CUDA would refuse) throw; AddressSanitizer
-// sees accesses out of range. For tests only. It shows neither speed nor memory ordering between
-// warps.
+// Runs a CUDA grid on the CPU, blocks one after another. A thread that waits at a barrier keeps its
+// stack (a fibre), and another thread goes on; the order of threads and blocks is shuffled by a
+// seed, so that a missing barrier changes results. Shared memory is poisoned before each block.
+// Broken rules (a barrier that not every thread reaches, a write past shared memory, a launch CUDA
+// would refuse) throw; AddressSanitizer sees accesses out of range. For tests only. It shows
+// neither speed nor memory ordering between warps.
 #pragma once
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <memory>
-#include <string>
-#include <vector>
 
 #define __global__ static
 #define __device__
@@ -48,59 +43,49 @@ struct alignas(8) uint2 {
 
 namespace emulate {
 
-enum class Wait { none, warp, block };
+struct Fibre;
 
-struct Fibre {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  void* fake_stack = nullptr;  // AddressSanitizer's
-  dim3 thread;
+struct Thread {
+  dim3 index;
   int lane = 0;
-  unsigned mask = 0;  // of the lanes it waits for at a warp barrier
+  Fibre* fibre = nullptr;  // none before it starts
   bool done = false;
-  Wait wait = Wait::none;
+  unsigned mask = 0;  // of the lanes it waits for at a warp barrier; 0 where it does not
+  // What it brings to a warp barrier, whose value it wants, and what it got.
+  std::uint64_t given = 0, taken = 0;
+  int source = 0;
 };
 
 struct Block {
-  ucontext_t scheduler;
-  void* fake_stack = nullptr;
-  const void* scheduler_bottom = nullptr;
-  std::size_t scheduler_size = 0;
-  std::vector<Fibre> fibres;
-  Fibre* self = nullptr;
-  std::function<void()> body;
   dim3 index, block_dim, grid_dim;
+  Thread* self = nullptr;
   unsigned char* shared = nullptr;
-  std::vector<std::uint64_t> slots;  // one per lane, for shuffles
-  std::string failure;
 };
 
 extern Block* current;
 extern unsigned seed;
 
-void wait(Wait kind, unsigned mask = ~0u);
+constexpr int kBallot = -1;  // as a source: bit i is set where lane i gave a one
+
+void wait_for_block();
+// Gives back the value of lane `source`, all ones where that lane is absent or outside the mask.
+std::uint64_t wait_for_warp(unsigned mask, std::uint64_t given = ~std::uint64_t{0}, int source = 0);
 // Runs `body` once per thread of every block.
 void launch(std::function<void()> body, dim3 grid, dim3 block, std::size_t shared_bytes);
 
-// The value of lane `source`; all ones where that lane is absent or outside the mask.
 template <class T>
 T exchange(unsigned mask, T value, int source) {
   static_assert(sizeof(T) <= 8);
-  const Fibre* self = current->self;
-  std::uint64_t* slots = current->slots.data() + (self - current->fibres.data()) - self->lane;
-  std::memcpy(&slots[self->lane], &value, sizeof value);
-  wait(Wait::warp, mask);
-  const std::uint64_t raw = (mask >> source & 1u) != 0 ? slots[source] : ~std::uint64_t{0};
-  wait(Wait::warp, mask);
-  slots[self->lane] = ~std::uint64_t{0};
-  T result;
-  std::memcpy(&result, &raw, sizeof result);
-  return result;
+  std::uint64_t raw = ~std::uint64_t{0};
+  std::memcpy(&raw, &value, sizeof value);
+  raw = wait_for_warp(mask, raw, source);
+  std::memcpy(&value, &raw, sizeof value);
+  return value;
 }
 
 }  // namespace emulate
 
-#define threadIdx (emulate::current->self->thread)
+#define threadIdx (emulate::current->self->index)
 #define blockIdx (emulate::current->index)
 #define blockDim (emulate::current->block_dim)
 #define gridDim (emulate::current->grid_dim)
@@ -126,10 +111,10 @@ inline int max_shared_bytes() {
 }  // namespace structmat::cuda
 
 inline void __syncthreads() {
-  emulate::wait(emulate::Wait::block);
+  emulate::wait_for_block();
 }
 inline void __syncwarp(unsigned mask = ~0u) {
-  emulate::wait(emulate::Wait::warp, mask);
+  emulate::wait_for_warp(mask);
 }
 // As in CUDA, `width` cuts the warp into segments; a source outside the segment is the lane itself.
 template <class T>
@@ -153,12 +138,8 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   return emulate::exchange(mask, value, source >= lane / width * width ? source : lane);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  unsigned bits = 0;
-  for (int lane = 0; lane < 32; ++lane) {
-    const int theirs = emulate::exchange(mask, predicate != 0 ? 1 : 0, lane);
-    if (theirs == 1) bits |= 1u << lane;
-  }
-  return bits;
+  const std::uint64_t mine = predicate != 0;
+  return static_cast<unsigned>(emulate::wait_for_warp(mask, mine, emulate::kBallot));
 }
 inline int __any_sync(unsigned mask, int predicate) {
   return __ballot_sync(mask, predicate) != 0;
