@@ -76,12 +76,15 @@ class SVDResult(_Factors):
 
 
 def randomized_svd(
-    A: Tensor,
-    rank: int,
+    A: Any,
+    rank: int | None = None,
     *,
+    rtol: float | None = None,
     oversample: int | None = None,
     sweeps: int | None = None,
+    center: bool = False,
     seed: int = 0,
+    group: Any = None,
 ) -> SVDResult:
     """The leading singular triplets of a matrix, from a few products with it.
 
@@ -138,6 +141,12 @@ def randomized_svd(
         >>> torch.allclose((U * S) @ Vh, A, atol=1e-3)
         True
     """
+    if group is not None or not isinstance(A, Tensor) or A.layout != torch.strided:
+        from .matrix_free import randomized_svd as matrix_free_svd
+
+        return matrix_free_svd(A, rank, rtol, oversample, sweeps, center, seed, group)
+    if rank is None or rtol is not None or center:
+        raise ValueError("randomized_svd: rtol and center need a sparse tensor or an operator")
     _check(A, rank, oversample, sweeps, seed)
     U, S, Vh, facts = torch.ops.structmat.randomized_svd.default(A, rank, oversample, sweeps, seed)
     in_graph = torch.compiler.is_compiling() or (
