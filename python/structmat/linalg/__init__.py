@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decompositions."""
 
+from .out_of_core import svd_out_of_core
 from .random import gaussian
 from .streaming_svd import StreamingSVD
 from .svd import SVDInfo, SVDResult, randomized_svd
 
-__all__ = ["SVDInfo", "SVDResult", "StreamingSVD", "gaussian", "randomized_svd"]
+__all__ = ["SVDInfo", "SVDResult", "StreamingSVD", "gaussian", "randomized_svd", "svd_out_of_core"]

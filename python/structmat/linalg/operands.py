@@ -68,7 +68,8 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def norm_of(parts: Iterable[Tensor], rows: Side, like: Tensor) -> float:
-    """``sqrt(sum of squares)`` of all numbers in `parts`, in float64; squares neither overflow nor vanish."""
+    """``sqrt(sum of squares)`` of all numbers in `parts`, summed in float64 over the ranks; squares
+    neither overflow nor vanish."""
     scale, total = 0.0, 0.0
     for part in parts:
         x = part.double()
@@ -93,11 +94,7 @@ def norm_of(parts: Iterable[Tensor], rows: Side, like: Tensor) -> float:
 def shards(A: Any, group: Any, device: torch.device) -> tuple[Side, Side]:
     """The sides of a matrix of which this rank holds the rows ``A``."""
     m, n = A.shape
-    if group is None:
-        return Side(m), Side(n)
-    counts = [int(c) for c in Side(0, group).gather(torch.tensor([m], device=device))]
-    rank = torch.distributed.get_rank(group)
-    return Side(sum(counts), group, sum(counts[:rank]), m), Side(n)
+    return Side.of_shard(m, group, device), Side(n)
 
 
 def dense(A: Tensor, group: Any) -> Operand:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .random import gaussian
 
+_QR_ROWS = 8192  # of a QR; longer ones do not stay in the cache
 _CHUNK = 4096  # rows of a random matrix that share a stream
 _SKETCH, _FRESH = 0, 1 << 31  # first streams of sketches and of replacements for dependent columns
 
@@ -22,10 +23,23 @@ _SKETCH, _FRESH = 0, 1 << 31  # first streams of sketches and of replacements fo
 class Side:
     """``size`` indices, of which ``count`` from ``first`` on lie here."""
 
-    def __init__(self, size: int, group: Any = None, first: int = 0, count: int | None = None):
-        self.size, self.group, self.first = size, group, first
-        self.count = size if count is None else count
+    def __init__(self, size: int, group: Any = None, counts: list[int] | None = None) -> None:
+        self.size, self.group = size, group
+        self.counts = [size] if counts is None else counts  # of the ranks
+        rank = 0 if group is None else dist.get_rank(group)
+        self.first, self.count = sum(self.counts[:rank]), self.counts[rank]
         self._fresh = _FRESH
+
+    @staticmethod
+    def of_shard(count: int, group: Any, device: torch.device) -> "Side":
+        """The side of which this rank holds ``count`` indices."""
+        if group is None:
+            return Side(count)
+        found = torch.tensor([count], device=device)
+        every = [torch.empty_like(found) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(every, found, group=group)
+        counts = [int(c) for c in every]
+        return Side(sum(counts), group, counts)
 
     def sum(self, x: Tensor) -> Tensor:
         """``x`` added up over the shards, in place; the same bits on every rank."""
@@ -82,14 +96,26 @@ class Side:
 
     def qr(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """Q with orthonormal columns whatever Y is, and R, of ``Y (size, b)``, ``b <= size``."""
-        Q, R = torch.linalg.qr(Y)
+        if len(Y) > 2 * _QR_ROWS:
+            parts = [torch.linalg.qr(part) for part in Y.split(_QR_ROWS)]
+            merged, R = torch.linalg.qr(torch.cat([R for _, R in parts]))
+            start = 0
+            Q = torch.empty_like(Y)
+            for out, (part, _) in zip(Q.split(_QR_ROWS), parts, strict=True):
+                torch.mm(part, merged[start : start + part.shape[1]], out=out)
+                start += part.shape[1]
+        else:
+            Q, R = torch.linalg.qr(Y)
         if self.group is None:
             return Q, R
         b = Y.shape[1]
         padded = R.new_zeros(b, b)  # a shard may have fewer rows
         padded[: len(R)] = R
-        merged, R = torch.linalg.qr(torch.cat(self.gather(padded)))
-        start = dist.get_rank(self.group) * b
+        # Without the padding: Q has something for dependent columns, which must not fall there.
+        lengths = [min(count, b) for count in self.counts]
+        stack = [part[:n] for part, n in zip(self.gather(padded), lengths, strict=True)]
+        merged, R = torch.linalg.qr(torch.cat(stack))
+        start = sum(lengths[: dist.get_rank(self.group)])
         return Q @ merged[start : start + Q.shape[1]], R
 
     def orthonormalize(self, Y: Tensor, before: Tensor | None, seed: int) -> Tensor:
