@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .svd import _DTYPES
 
@@ -59,7 +58,7 @@ def check(
         _check_tensor(A, group)
     else:
         _check_products(A)
-    if group is not None and isinstance(A, DTensor):
+    if group is not None and hasattr(A, "device_mesh"):
         raise ValueError(f"{_OP}: A is a DTensor, which brings its own group; wanted no group")
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{_OP}: group must be a ProcessGroup, got {type(group).__name__}")

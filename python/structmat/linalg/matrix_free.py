@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from . import operands
 from .arguments import check
@@ -47,7 +46,7 @@ def randomized_svd(
 ) -> SVDResult:
     """``sm.linalg.randomized_svd`` of anything but a dense tensor of one process."""
     check(A, rank, rtol, oversample, sweeps, center, seed, group)
-    if isinstance(A, DTensor):
+    if hasattr(A, "device_mesh"):
         return _of_dtensor(A, rank, rtol, oversample, sweeps, center, seed)
     with torch.no_grad():
         operand = _operand(A, group)
@@ -72,7 +71,7 @@ def randomized_svd(
 
 
 def _of_dtensor(
-    A: DTensor,
+    A: Any,
     rank: int | None,
     rtol: float | None,
     oversample: int | None,
@@ -81,6 +80,8 @@ def _of_dtensor(
     seed: int,
 ) -> SVDResult:
     """U sharded as A is; S and Vh on every rank."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard  # 0.3 s
+
     if A.device_mesh.ndim != 1 or tuple(A.placements) != (Shard(0),):
         raise ValueError(
             f"{_OP}: A is a DTensor placed as {A.placements}, wanted its rows sharded over a mesh "

@@ -195,11 +195,10 @@ class _Run:
                 raise ValueError(
                     f"{_OP}: {self._blocks} is column-major, wanted row-major rows of this rank"
                 )
-            if isinstance(self._blocks, str) is False and callable(self._blocks):
-                first = next((b for b in self.source.blocks() if len(b)), None)
-            else:
-                first = next(self.source.blocks(), None)
-            if first is None or not first.numel():
+            for first in self.source.blocks():
+                if len(first):
+                    break
+            if first is None or not first.shape[1]:
                 raise ValueError(f"{_OP}: there are no rows")
 
         self._together(look)
@@ -219,10 +218,10 @@ class _Run:
         self.shift: Tensor | None = None
         if self.center and not self.source.transposed:
             start = first.to_dense() if first.layout == torch.sparse_csr else first
-            self.shift = start.to(device).mean(0, dtype=torch.float64).to(self.dtype)
+            total = start.to(device).sum(0, dtype=torch.float64)
+            self.shift = (total / max(len(start), 1)).to(self.dtype)
             Side(0, self.group, self._ranks()).same(self.shift)
-        total = self.source.bytes
-        self.bar.total = None if total is None else total
+        self.bar.total = self.source.bytes
 
     def decompose(self, rank: int, sweeps: int, extra: int) -> SVDResult:
         n = self.width
@@ -413,6 +412,8 @@ class _Run:
     # ---- ranks ------------------------------------------------------------------------------
     def _rows(self, rank: int) -> Side:
         rows = Side.of_shard(self.count or 0, self.group, self.like.device)
+        if rows.size == 0:
+            raise ValueError(f"{_OP}: there are no rows")
         if rank > rows.size:
             raise ValueError(f"{_OP}: rank is {rank}, wanted 1 to {rows.size}, the number of rows")
         return rows

@@ -123,29 +123,37 @@ class Side:
         new to rounding are replaced by random ones."""
         eps = torch.finfo(Y.dtype).eps
         Y = self._scaled(Y)
-        Q, dependent = self._independent(Y, before, 32 * eps)
+        Q, dependent, weak = self._independent(Y, before, 32 * eps)
         if dependent.any():
             # Householder's Q has something in their place, often a unit vector, which can be what a
             # column to the right would have brought. A random direction takes some of each only.
-            index = dependent.nonzero()[:, 0]
-            noise = self.gaussian(len(index), seed, self._fresh, Y) * (4 * eps / self.size**0.5)
-            self._fresh += 1 << 20
-            Q, _ = self._independent(Y.index_add(1, index, noise), before, 0)
+            noise = self._random(dependent, seed, Y) * (4 * eps)
+            Y = Y.index_add(1, dependent.nonzero()[:, 0], noise)
+            Q, _, weak = self._independent(Y, before, 0)
+        if weak.any():
+            Q = Q.index_copy(1, weak.nonzero()[:, 0], self._random(weak, seed, Y))
+            Q, _, _ = self._independent(Q, before, 0)
+            Q, _, _ = self._independent(Q, before, 0)
         return Q
+
+    def _random(self, columns: Tensor, seed: int, like: Tensor) -> Tensor:
+        """A column of norm about 1 for each that is true."""
+        self._fresh += 1 << 20
+        return self.gaussian(int(columns.sum()), seed, self._fresh, like) / self.size**0.5
 
     def _independent(
         self, Y: Tensor, before: Tensor | None, tolerance: float
-    ) -> tuple[Tensor, Tensor]:
-        """Q and which columns lay in the span of `before` and the columns to their left."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Q; which columns lay in the span of `before` and the columns to their left; and where Q
+        had only rounding to go by, most of which lay in the span of `before`."""
         if before is None or before.shape[1] == 0:
             Q, R = self.qr(Y)
-            return Q, R.diagonal().abs() <= tolerance
+            found = R.diagonal().abs()
+            return Q, found <= tolerance, found < 0  # none
         # Twice: what the first projection leaves of a small remainder is not orthogonal.
-        Y = Y - before @ self.inner(before, Y)
-        Q, R = self.qr(Y)
-        dependent = R.diagonal().abs() <= tolerance
-        Q, _ = self.qr(Q - before @ self.inner(before, Q))
-        return Q, dependent
+        Q, first = self.qr(Y - before @ self.inner(before, Y))
+        Q, second = self.qr(Q - before @ self.inner(before, Q))
+        return Q, first.diagonal().abs() <= tolerance, second.diagonal().abs() < 0.5
 
     def _scaled(self, Y: Tensor) -> Tensor:
         """Columns of norm 1; zeros stay. Squares neither overflow nor vanish."""

@@ -141,7 +141,8 @@ def randomized_svd(
         >>> torch.allclose((U * S) @ Vh, A, atol=1e-3)
         True
     """
-    if group is not None or not isinstance(A, Tensor) or A.layout != torch.strided:
+    dense = isinstance(A, Tensor) and A.layout == torch.strided
+    if group is not None or not dense or hasattr(A, "device_mesh"):  # a DTensor has one
         from .matrix_free import randomized_svd as matrix_free_svd
 
         return matrix_free_svd(A, rank, rtol, oversample, sweeps, center, seed, group)
