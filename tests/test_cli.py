@@ -190,7 +190,7 @@ def test_svd_out_of_core(matrix: Path, tmp_path: Path, monkeypatch: Any) -> None
     a = torch.from_numpy(np.load(matrix))
     a = a - a.mean(0)
     torch.testing.assert_close(blocks["S"], torch.linalg.svdvals(a)[:8], rtol=1e-3, atol=1e-6)
-    monkeypatch.setattr("structmat.cli.svd._memory", lambda: 1000)
+    monkeypatch.setattr(sys.modules["structmat.cli.svd"], "_memory", lambda: 1000)
     chosen = factors("chosen", "--center", "--sweeps", 3)
     assert torch.equal(chosen["U"], blocks["U"])
     out = tmp_path / "f"
