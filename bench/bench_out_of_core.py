@@ -160,6 +160,16 @@ def sparse_row(m: int, n: int, nonzeros: int, k: int, runs: int) -> dict[str, An
     }  # fmt: skip
 
 
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    print(", ".join(f"{name} {row[name]:,}" for name in ("rows", "n", "rank")))
+    for name, seconds in row["seconds"].items():
+        print(f"  {name:34} {seconds:8.3f} s")
+    for name, value in row.items():
+        if isinstance(value, dict) and name != "seconds":
+            print(f"  {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in value.items()), flush=True)
+    return row
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--folder", help="where the file goes (default: a temporary folder)")
@@ -169,19 +179,10 @@ def main() -> None:
     start(args)
     warnings.filterwarnings("ignore", message="Sparse")
     roofline = Roofline(args.device, args.tiny)
-    found = []
     files, sparse = TINY if args.tiny else (FILES, SPARSE)
+    found = [shown(sparse_row(*size)) for size in sparse]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        for size in files:
-            found.append(dense_row(*size, folder, roofline))
-    found += [sparse_row(*size) for size in sparse]
-    for row in found:
-        print(", ".join(f"{name} {row[name]:,}" for name in ("rows", "n", "rank")))
-        for name, seconds in row["seconds"].items():
-            print(f"  {name:34} {seconds:8.3f} s")
-        for name, value in row.items():
-            if isinstance(value, dict) and name != "seconds":
-                print(f"  {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in value.items()))
+        found += [shown(dense_row(*size, folder, roofline)) for size in files]
     write(args, "out_of_core", found)
 
 
