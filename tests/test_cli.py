@@ -179,6 +179,26 @@ def test_svd_is_the_same_for_a_seed(matrix: Path, tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_svd_out_of_core(matrix: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def factors(name: str, *options: Any) -> dict[str, torch.Tensor]:
+        out = tmp_path / f"{name}.safetensors"
+        result = run("svd", matrix, "--rank", 8, "-o", out, *options)
+        assert result.exit_code == 0, result.stderr
+        return safetensors_torch.load_file(out)
+
+    blocks = factors("blocks", "--out-of-core", "--center", "--sweeps", 3)
+    a = torch.from_numpy(np.load(matrix))
+    a = a - a.mean(0)
+    torch.testing.assert_close(blocks["S"], torch.linalg.svdvals(a)[:8], rtol=1e-3, atol=1e-6)
+    monkeypatch.setattr(sys.modules["structmat.cli.svd"], "_memory", lambda: 1000)
+    chosen = factors("chosen", "--center", "--sweeps", 3)
+    assert torch.equal(chosen["U"], blocks["U"])
+    out = tmp_path / "f"
+    assert_one_line(run("svd", matrix, "-o", out), "--rank", "--rtol")
+    assert_one_line(run("svd", matrix, "-o", out, "--rank", 2, "--rtol", 0.1), "--rtol")
+    assert_one_line(run("svd", matrix, "-o", out, "--rtol", 0.1, "--out-of-core"), "--rank")
+
+
 @pytest.mark.parametrize("rank", [0, -1, 41])
 def test_svd_wrong_rank(matrix: Path, tmp_path: Path, rank: int) -> None:
     out = tmp_path / "f.safetensors"

@@ -337,11 +337,13 @@ def test_transforms_are_refused():
 
 
 BAD = [
-    (TypeError, "A must be a tensor, got float", {"A": 1.0}),
+    (TypeError, "A is a float without shape", {"A": 1.0}),
     (TypeError, "A is torch.int64, wanted one of torch.float32", {"A": torch.ones(4, 3).long()}),
     (TypeError, "A is torch.complex64", {"A": torch.ones(4, 3, dtype=torch.complex64)}),
-    (TypeError, "A must be dense", {"A": torch.ones(4, 3).to_sparse()}),
+    (TypeError, "A has layout", {"A": torch.ones(4, 3).to_sparse()}),
     (ValueError, "A must have at least 2 dimensions, got 1", {"A": torch.ones(4)}),
+    (ValueError, "wanted one of rank and rtol, got neither", {"rank": None}),
+    (ValueError, "wanted one of rank and rtol, got both", {"rtol": 0.1}),
     (ValueError, r"A is empty, shape \(0, 3\)", {"A": torch.ones(0, 3)}),
     (ValueError, r"A is empty, shape \(4, 0\)", {"A": torch.ones(4, 0)}),
     (ValueError, r"rank is 0, wanted 1 to 3 for A of shape \(4, 3\)", {"rank": 0}),

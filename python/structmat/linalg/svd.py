@@ -33,9 +33,9 @@ class SVDInfo:
         (3, 2, True)
     """
 
-    def __init__(self, facts: Tensor) -> None:
+    def __init__(self, facts: Tensor, converged: bool = True) -> None:
         # error, norm, rank, sweeps, finite along the last dimension: SvdInfo of structmat/svd.h
-        self._facts = facts
+        self._facts, self._converged = facts, converged
 
     @property
     def error(self) -> Any:
@@ -53,7 +53,9 @@ class SVDInfo:
     @property
     def converged(self) -> Any:
         batch = self._facts.shape[:-1]
-        return torch.ones(batch, dtype=torch.bool, device=self._facts.device) if batch else True
+        if not batch:
+            return self._converged
+        return torch.full(batch, self._converged, device=self._facts.device)
 
     def _count(self, fact: int) -> Any:
         value = self._facts[..., fact]
@@ -91,32 +93,17 @@ class SVDResult(_Factors):
     info: SVDInfo
 
 
-@overload
 def randomized_svd(
-    A: Tensor,
-    rank: int,
+    A: Any,
+    rank: int | Sequence[int] | None = None,
     *,
+    rtol: float | None = None,
     oversample: int | None = None,
     sweeps: int | None = None,
+    center: bool = False,
     seed: int = 0,
-) -> SVDResult: ...
-@overload
-def randomized_svd(
-    A: Sequence[Tensor],
-    rank: int | Sequence[int],
-    *,
-    oversample: int | None = None,
-    sweeps: int | None = None,
-    seed: int = 0,
-) -> list[SVDResult]: ...
-def randomized_svd(
-    A: Tensor | Sequence[Tensor],
-    rank: int | Sequence[int],
-    *,
-    oversample: int | None = None,
-    sweeps: int | None = None,
-    seed: int = 0,
-) -> SVDResult | list[SVDResult]:
+    group: Any = None,
+) -> Any:
     """The leading singular triplets of a matrix, from a few products with it.
 
     ``A = U diag(S) Vh`` up to what rank ``k`` leaves, as the first ``k`` triplets of
@@ -195,22 +182,43 @@ def randomized_svd(
         >>> [tuple(result.U.shape) for result in sm.linalg.randomized_svd(layers, 4)]
         [(64, 4), (32, 4)]
     """
-    _check_options(oversample, sweeps, seed)
+    of_core = rtol is None and center is False and group is None
     if not isinstance(A, Tensor) and isinstance(A, Sequence):
-        return _of_list(list(A), rank, oversample, sweeps, seed)
+        if of_core and all(map(_is_dense, A)):
+            _check_options(oversample, sweeps, seed)
+            return _of_list(list(A), rank, oversample, sweeps, seed)
+        more: dict[str, Any] = {"rtol": rtol, "center": center, "group": group, "seed": seed}
+        more |= {"oversample": oversample, "sweeps": sweeps}
+        ranks = _ranks(rank, len(A))
+        return [randomized_svd(a, k, **more) for a, k in zip(A, ranks, strict=True)]
+    if not of_core or rank is None or not _is_dense(A):
+        from .matrix_free import randomized_svd as matrix_free_svd
+
+        return matrix_free_svd(A, rank, rtol, oversample, sweeps, center, seed, group)
+    _check_options(oversample, sweeps, seed)
     _check(A, rank)
     U, S, Vh, facts = torch.ops.structmat.randomized_svd.default(A, rank, oversample, sweeps, seed)
     _require_finite(A, facts)
     return _result(U, S, Vh, facts)
 
 
+def _is_dense(A: Any) -> bool:
+    """Whether the core takes it: no sparse tensor, DTensor or operator."""
+    return isinstance(A, Tensor) and A.layout == torch.strided and not hasattr(A, "device_mesh")
+
+
+def _ranks(rank: Any, count: int) -> list[Any]:
+    ranks = list(rank) if isinstance(rank, Sequence) else [rank] * count
+    if len(ranks) != count:
+        raise ValueError(f"{_OP}: {len(ranks)} ranks for a list of {count} matrices")
+    return ranks
+
+
 def _of_list(
     A: list[Tensor], rank: Any, oversample: int | None, sweeps: int | None, seed: int
 ) -> list[SVDResult]:
-    each = not isinstance(rank, Tensor) and isinstance(rank, Sequence)
-    ranks = list(rank) if each else [rank] * len(A)
-    if len(ranks) != len(A):
-        raise ValueError(f"{_OP}: {len(ranks)} ranks for a list of {len(A)} matrices")
+    ranks = _ranks(rank, len(A))
+    each = isinstance(rank, Sequence)
     for i, (a, k) in enumerate(zip(A, ranks, strict=True)):
         _check(a, k, f"A[{i}]", f"rank[{i}]" if each else "rank")
         if a.dim() != 2:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams that the ranks of a process group saw parts of, as one."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .streaming_svd import _SETTINGS, StreamingSVD
+
+_OP = "all_merge"
+
+
+def all_merge(stream: StreamingSVD, group: Any = None) -> StreamingSVD:
+    """Merges the :class:`StreamingSVD` of all ranks, as if the rows of rank 1 had come after those
+    of rank 0, and so on. Afterwards every rank has the same state, bit for bit.
+
+    Neighbours merge in a binary tree, and the first rank's state goes to all.
+
+    Args:
+        stream: this rank's, of the same settings, dtype and kind of device everywhere. Replaced by
+            the merged one.
+        group: a ``torch.distributed`` process group; the default one if None.
+
+    Returns:
+        ``stream``.
+
+    Raises:
+        TypeError: ``stream`` is no StreamingSVD.
+        ValueError: settings differ between ranks. Raised on each of them, and nothing is changed.
+        RuntimeError: ``torch.distributed`` is not initialised.
+
+    Cost: ``log2(ranks)`` merges and messages of the size of the state, and one broadcast.
+
+    Example:
+        >>> import tempfile, torch, structmat as sm
+        >>> store = torch.distributed.FileStore(tempfile.mktemp(), 1)
+        >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> stream = sm.linalg.StreamingSVD(4, 2).update(torch.eye(4))
+        >>> sm.linalg.all_merge(stream).rows_seen
+        4
+        >>> torch.distributed.destroy_process_group()
+    """
+    if not isinstance(stream, StreamingSVD):
+        raise TypeError(f"{_OP}: stream must be a StreamingSVD, got {type(stream).__name__}")
+    if not dist.is_initialized():
+        raise RuntimeError(f"{_OP}: torch.distributed is not initialised")
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    mine = {name: getattr(stream, name) for name in _SETTINGS}
+    mine |= {"dtype": stream.dtype, "device": stream.device.type}
+    every: list[Any] = [None] * ranks
+    dist.all_gather_object(every, mine, group=group)
+    for other, theirs in enumerate(every):
+        for name, value in every[0].items():
+            if theirs[name] != value:
+                raise ValueError(
+                    f"{_OP}: {name} is {value} on rank 0 and {theirs[name]} on rank {other}"
+                )
+    step = 1
+    while step < ranks and rank % (2 * step) == 0:
+        if rank + step < ranks:
+            stream.merge(_receive(stream, rank + step, group))
+        step *= 2
+    if step < ranks:  # rank is an odd multiple of step
+        for tensor in _parts(stream):
+            dist.send(tensor, group_dst=rank - step, group=group)
+    parts = _parts(stream)
+    for tensor in parts:
+        dist.broadcast(tensor, group_src=0, group=group)
+    _count(stream, parts[0])
+    return stream
+
+
+def _parts(stream: StreamingSVD) -> list[torch.Tensor]:
+    counts = torch.tensor([stream.rows_seen, stream._buffered], device=stream.device)
+    return [counts, *stream._tensors()]
+
+
+def _count(stream: StreamingSVD, counts: torch.Tensor) -> None:
+    stream.rows_seen, stream._buffered = (int(count) for count in counts)
+
+
+def _receive(like: StreamingSVD, source: int, group: Any) -> StreamingSVD:
+    settings = {name: getattr(like, name) for name in _SETTINGS}
+    other = StreamingSVD(**settings, dtype=like.dtype, device=like.device)
+    parts = _parts(other)
+    for tensor in parts:
+        dist.recv(tensor, group_src=source, group=group)
+    _count(other, parts[0])
+    return other

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What :func:`randomized_svd` accepts besides dense tensors of one process."""
+
+import operator
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .svd import _DTYPES
+
+_OP = "randomized_svd"
+
+
+def check(
+    A: Any,
+    rank: int | None,
+    rtol: float | None,
+    oversample: int | None,
+    sweeps: int | None,
+    center: bool,
+    seed: int,
+    group: Any,
+) -> None:
+    for name, value in (
+        ("rank", rank),
+        ("oversample", oversample),
+        ("sweeps", sweeps),
+        ("seed", seed),
+    ):
+        if value is None and name != "seed":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{_OP}: {name} must be an integer, got {type(value).__name__}")
+    if rtol is not None and (not isinstance(rtol, Real) or isinstance(rtol, bool)):
+        raise TypeError(f"{_OP}: rtol must be a number, got {type(rtol).__name__}")
+    if not isinstance(center, bool):
+        raise TypeError(f"{_OP}: center must be a bool, got {type(center).__name__}")
+    if (rank is None) == (rtol is None):
+        both = "neither" if rank is None else "both"
+        raise ValueError(f"{_OP}: wanted one of rank and rtol, got {both}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"{_OP}: rank is {rank}, wanted at least 1")
+    if rtol is not None and not 0 < rtol < 1:
+        raise ValueError(f"{_OP}: rtol is {rtol}, wanted more than 0 and less than 1")
+    if oversample is not None and oversample < 0:
+        raise ValueError(f"{_OP}: oversample is {oversample}, wanted at least 0")
+    if sweeps is not None and sweeps < 2:
+        raise ValueError(
+            f"{_OP}: sweeps is {sweeps}, wanted at least 2 (one pass finds a range, one more the "
+            "factors)"
+        )
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{_OP}: seed is {seed}, wanted 0 to 2^63 - 1")
+    if isinstance(A, Tensor):
+        _check_tensor(A, group)
+    else:
+        _check_products(A)
+    if group is not None and hasattr(A, "device_mesh"):
+        raise ValueError(f"{_OP}: A is a DTensor, which brings its own group; wanted no group")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{_OP}: group must be a ProcessGroup, got {type(group).__name__}")
+
+
+def _check_tensor(A: Tensor, group: Any) -> None:
+    if A.layout not in (torch.strided, torch.sparse_csr):
+        raise TypeError(
+            f"{_OP}: A has layout {A.layout}, wanted a dense or CSR tensor; see to_sparse_csr()"
+        )
+    if A.dtype not in _DTYPES:
+        raise TypeError(f"{_OP}: A is {A.dtype}, wanted one of " + ", ".join(map(str, _DTYPES)))
+    if A.dim() != 2:
+        raise ValueError(f"{_OP}: A must have 2 dimensions, got {A.dim()}")
+    if A.layout == torch.sparse_csr and A.values().dim() != 1:
+        raise ValueError(f"{_OP}: A's values have {A.values().dim()} dimensions, wanted 1")
+    if A.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{_OP}: A requires grad, but has no gradient here; pass A.detach()")
+
+
+def _check_products(A: Any) -> None:
+    names = ("shape", "dtype", "device", "matmat", "rmatmat")
+    missing = [name for name in names if not hasattr(A, name)]
+    if missing:
+        raise TypeError(
+            f"{_OP}: A is a {type(A).__name__} without {', '.join(missing)}; wanted a dense "
+            "tensor, a CSR tensor or an object with .shape .dtype .device .matmat(X) .rmatmat(Y)"
+        )
+    try:
+        sizes = tuple(operator.index(size) for size in A.shape)
+    except TypeError:
+        raise TypeError(f"{_OP}: A.shape is {A.shape}, wanted two integers") from None
+    if len(sizes) != 2 or min(sizes) < 0:
+        raise ValueError(f"{_OP}: A.shape is {sizes}, wanted (m, n)")
+    if A.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{_OP}: A.dtype is {A.dtype}, wanted torch.float32 or torch.float64, that of the "
+            "blocks its products take and return"
+        )
+    try:
+        torch.device(A.device)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"{_OP}: A.device is {A.device!r}, wanted a torch.device") from None

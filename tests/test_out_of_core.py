@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrices read in blocks of rows, against torch.linalg.svd in double precision."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from reference import UNIT
+from test_svd import SPECTRA, matrix
+
+import structmat as sm
+from structmat.linalg.progress import Bar
+
+svd = sm.linalg.svd_out_of_core
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    torch.set_num_threads(1)  # the problems are small
+
+
+def rows_of(A, size):
+    return lambda: iter(A.split(size))
+
+
+def verify(A, result, center=False, excess=0.15):
+    U, S, Vh = (factor.double() for factor in result)
+    dtype, k = result.S.dtype, len(S)
+    A = A.double() - A.double().mean(0) if center else A.double()
+    eye = torch.eye(k, dtype=torch.float64)
+    orthogonal = 1e-13 if dtype == torch.float64 else 1e-5
+    assert (U.mT @ U - eye).abs().max() <= orthogonal
+    assert (Vh @ Vh.mT - eye).abs().max() <= orthogonal
+    assert (S[1:] <= S[:-1]).all()
+    assert (U.gather(0, U.abs().argmax(0)[None]) > 0).all()
+    truth = torch.linalg.svdvals(A)
+    norm = float(truth.norm()) or 1.0
+    error = float((A - (U * S) @ Vh).norm()) / norm
+    rounding = 256 * UNIT[dtype]
+    assert error <= (1 + excess) * float(truth[k:].norm()) / norm + rounding
+    assert result.info.error <= 1.25 * max(error, rounding)
+    assert result.info.error >= error / 1.25 - rounding
+    assert result.info.converged
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("center", [False, True])
+def test_accuracy(spectrum, dtype, center):
+    for m, n in ((210, 90), (90, 130)):
+        A = matrix(m, n, spectrum, dtype) + 3 * center
+        verify(A, svd(rows_of(A, 32), 12, center=center), center)
+
+
+def test_sweeps_are_worth_two_passes():
+    """The excess error of p sweeps is below that of 2 p passes of plain subspace iteration."""
+    A = matrix(400, 300, "slow")
+    best = float(torch.linalg.svdvals(A)[20:].norm())
+    excess = []
+    for sweeps in (1, 2, 3):
+        U, S, Vh = result = svd(rows_of(A, 100), 20, sweeps=sweeps, oversample=12)
+        assert result.info.sweeps == sweeps
+        excess.append(float((A - (U * S) @ Vh).norm()) / best - 1)
+        X = torch.randn(300, 32, dtype=torch.float64)
+        for _ in range(sweeps):
+            Q = torch.linalg.qr(A @ X).Q
+            X = torch.linalg.qr(A.mT @ Q).Q
+        P, sigma, Wh = torch.linalg.svd(Q.mT @ A, full_matrices=False)
+        plain = float((A - Q @ ((P * sigma)[:, :20] @ Wh[:20])).norm()) / best - 1
+        assert excess[-1] < 1.3 * plain
+    assert excess[1] < excess[0] / 4
+    assert excess[2] < excess[1] / 2
+
+
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_small_values_are_not_lost_silently(sweeps):
+    """Values below the root of eps vanish from A^T (A X) in the first sweep; one more has them."""
+    A = matrix(300, 120, "slow")
+    U, _, Vh = torch.linalg.svd(A, full_matrices=False)
+    sigma = torch.logspace(0, -6, 120, dtype=torch.float64)
+    A = ((U * sigma) @ Vh).float()
+    result = svd(rows_of(A, 50), 90, oversample=10, sweeps=sweeps)
+    assert result.info.sweeps == sweeps + 1
+    off = (result.S.double() - sigma[:90]).abs()
+    assert (off <= 2e-7 + (0.5 if sweeps == 1 else 0.05) * sigma[:90]).all()
+    flat = svd(rows_of(matrix(300, 120, "slow", torch.float32), 50), 90, sweeps=sweeps)
+    assert flat.info.sweeps == sweeps
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_squares_stay_in_range(scale):
+    A = (matrix(90, 70, "harmonic") * scale).float()
+    A[:30] *= 1e-8
+    U, S, Vh = result = svd(rows_of(A, 30), 10)
+    A = A.double() / scale
+    error = (A - (U.double() * (S.double() / scale)) @ Vh.double()).norm() / A.norm()
+    assert result.info.error == pytest.approx(float(error), rel=0.1)
+    assert error < 1.2 * torch.linalg.svdvals(A)[10:].norm() / A.norm()
+
+
+def test_blocks_of_all_kinds():
+    A = matrix(120, 50, "harmonic") * (torch.rand(120, 50) < 0.4)
+    expected = svd(rows_of(A, 120), 6)
+
+    def scipy_like():
+        import scipy.sparse
+
+        return (scipy.sparse.csr_matrix(part.numpy()) for part in A.split(25))
+
+    for blocks in (
+        rows_of(A, 1),
+        rows_of(A, 77),
+        lambda: [A[:0], A[:50], A[50:50], A[50:]],
+        lambda: (part.numpy() for part in A.split(25)),
+        lambda: (part.to_sparse_csr() for part in A.split(25)),
+        lambda: iter([A[:60], A[60:].to_sparse_csr()]),
+        lambda: iter(torch.cat([A.mT, A.mT]).mT[:, :50].split(30)),
+        scipy_like,
+    ):
+        found = svd(blocks, 6)
+        for got, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    found = svd(lambda: (part.to_sparse_csr() for part in A.split(25)), 6, center=True)
+    verify(A, found, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_types(dtype):
+    A = matrix(120, 50, "harmonic", dtype)
+    result = svd(rows_of(A, 50), 6)
+    assert result.S.dtype == torch.float32
+    verify(A, result)
+    assert svd(rows_of(A, 50), 6, dtype=torch.float64).S.dtype == torch.float64
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("kind", ["C", "F", ">f8", "f4", "f2", "1", "2"])
+def test_npy(tmp_path, kind, center):
+    A = matrix(90, 60, "harmonic") + 1
+    array = A.numpy()
+    if kind == "F":
+        array = np.asfortranarray(array)
+    elif kind not in ("C", "1", "2"):
+        array = array.astype(kind)
+    path = tmp_path / "A.npy"
+    if kind in ("1", "2"):
+        with open(path, "wb") as file:
+            np.lib.format.write_array(file, array, version=(int(kind), 0))
+    else:
+        np.save(path, array)
+    result = svd(path, 6, center=center, block_rows=17)
+    verify(torch.from_numpy(array.astype("f8")), result, center)
+
+
+def test_safetensors(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    A, B = matrix(90, 60, "harmonic"), matrix(40, 30, "harmonic").bfloat16()
+    save_file(
+        {"A": A, "B": B, "v": torch.ones(3), "i": torch.ones(3, 3).int()},
+        tmp_path / "x.safetensors",
+    )
+    save_file({"only": A}, tmp_path / "one.safetensors")
+    one = svd(tmp_path / "one.safetensors", 6)
+    verify(A, one)
+    named = svd(f"{tmp_path}/x.safetensors::A", 6)
+    assert torch.equal(named.U, one.U)
+    verify(B, svd(f"{tmp_path}/x.safetensors::B", 6))
+    for name, error, says in (
+        ("x.safetensors", ValueError, "FILE::NAME"),
+        ("x.safetensors::C", ValueError, "no 'C'"),
+        ("x.safetensors::v", ValueError, "shape"),
+        ("x.safetensors::i", TypeError, "I32"),
+    ):
+        with pytest.raises(error, match=says):
+            svd(f"{tmp_path}/{name}", 2)
+
+
+def test_wrong_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        svd(tmp_path / "nothing.npy", 2)
+    (tmp_path / "A.csv").write_text("1")
+    (tmp_path / "rubbish.npy").write_text("1")
+    (tmp_path / "rubbish.safetensors").write_text("12345678901")
+    np.save(tmp_path / "long.npy", np.ones((9, 9)))
+    data = (tmp_path / "long.npy").read_bytes()
+    (tmp_path / "short.npy").write_bytes(data[:-8])
+    np.save(tmp_path / "integers.npy", np.ones((9, 9), dtype=int))
+    np.save(tmp_path / "cube.npy", np.ones((2, 2, 2)))
+    for name, error, says in (
+        ("A.csv", ValueError, "no known kind"),
+        ("rubbish.npy", ValueError, "no .npy file"),
+        ("rubbish.safetensors", ValueError, "no safetensors file"),
+        ("short.npy", ValueError, "short.npy"),
+        ("integers.npy", TypeError, "int64"),
+        ("cube.npy", ValueError, "shape"),
+        ("long.npy::A", ValueError, "no name"),
+    ):
+        with pytest.raises(error, match=says):
+            svd(f"{tmp_path}/{name}", 2)
+
+
+def changing(*sweeps):
+    """A factory that gives other blocks in each sweep; the first call is a look at one block."""
+    calls = iter([sweeps[0], *sweeps])
+    return lambda: iter(next(calls))
+
+
+A, WIDE = torch.randn(8, 5), torch.randn(8, 6)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "options", "error", "says"),
+    [
+        (lambda: changing([A, A], [A]), {}, ValueError, "sweep 2 has 8 rows, the first had 16"),
+        (lambda: changing([A], [A, A]), {}, ValueError, "more than the 8 rows"),
+        (lambda: changing([A, WIDE], [A]), {}, ValueError, "6 columns, wanted 5"),
+        (lambda: changing([A], [WIDE]), {}, ValueError, "6 columns, wanted 5"),
+        (lambda: changing([]), {}, ValueError, "no rows"),
+        (lambda: changing([A[:0]]), {}, ValueError, "no rows"),
+        (lambda: changing([A[:, :0]]), {}, ValueError, "no rows"),
+        (lambda: changing([A[:1]], [A[:1]]), {}, ValueError, "rank is 2, wanted 1 to 1"),
+        (lambda: changing([A.long()]), {}, TypeError, "int64"),
+        (lambda: changing([A[0]]), {}, ValueError, r"shape \(5,\)"),
+        (lambda: changing([A.to_sparse()]), {}, TypeError, "layout"),
+        (lambda: changing(["row"]), {}, TypeError, "str"),
+        (lambda: changing([np.array([["a"]])]), {}, TypeError, "native floats"),
+        (lambda: lambda: 3, {}, TypeError, "returned int"),
+        (lambda: iter([A]), {}, TypeError, "ends after one sweep"),
+        (lambda: A, {}, TypeError, "got Tensor"),
+        (lambda: changing([A]), {"rank": 6}, ValueError, "1 to 5"),
+        (lambda: changing([A]), {"rank": 0}, ValueError, "rank is 0"),
+        (lambda: changing([A]), {"rank": 2.0}, TypeError, "float"),
+        (lambda: changing([A]), {"sweeps": 0}, ValueError, "sweeps is 0"),
+        (lambda: changing([A]), {"sweeps": 1, "center": True}, ValueError, "finds the mean"),
+        (lambda: changing([A]), {"center": 1}, TypeError, "bool"),
+        (lambda: changing([A]), {"seed": -1}, ValueError, "seed is -1"),
+        (lambda: changing([A]), {"oversample": -1}, ValueError, "oversample"),
+        (lambda: changing([A]), {"block_rows": 2}, ValueError, "for files"),
+        (lambda: changing([A]), {"dtype": torch.float16}, TypeError, "float16"),
+        (lambda: changing([A]), {"group": 1}, TypeError, "ProcessGroup"),
+    ],
+)
+def test_wrong_sources(blocks, options, error, says):
+    with pytest.raises(error, match=says):
+        svd(blocks(), **({"rank": 2} | options))
+
+
+def test_a_source_that_fails_is_heard_and_its_thread_ends():
+    def blocks():
+        yield A
+        raise KeyError("the disk is gone")
+
+    before = threading.active_count()
+    with pytest.raises(KeyError, match="disk"):
+        svd(blocks, 2)
+
+    def endless():
+        while True:
+            yield A * torch.nan
+
+    with pytest.raises(torch.linalg.LinAlgError, match="NaN or Inf"):
+        svd(endless, 2)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("center", [False, True])
+def test_not_finite(bad, center):
+    A = matrix(90, 60, "slow")
+    A[80, 20] = bad
+    for blocks in (rows_of(A, 30), lambda: (part.to_sparse_csr() for part in A.split(30))):
+        with pytest.raises(torch.linalg.LinAlgError, match="NaN or Inf"):
+            svd(blocks, 3, center=center)
+
+
+def test_bar_only_on_a_terminal_and_after_a_second(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def written(stream, wait, shown=True):
+        monkeypatch.setattr(sys, "stderr", stream)
+        bar = Bar("reading", shown)
+        bar._begin -= wait
+        with bar:
+            bar.restart("sweep 1")
+            bar.advance(torch.ones(1000, 1000))
+            bar.restart("sweep 2")
+            bar.advance(torch.ones(500, 1000))
+        return stream.getvalue()
+
+    assert "sweep 2" in written(Terminal(), 2.0)
+    assert written(Terminal(), 0.0) == ""
+    assert written(io.StringIO(), 2.0) == ""
+    assert written(Terminal(), 2.0, shown=False) == ""
+
+
+MEMORY = """
+import json, resource, sys, warnings
+import torch, structmat as sm
+torch.set_num_threads(1)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+warm = torch.randn(2000, 100)
+sm.linalg.svd_out_of_core(lambda: iter(warm.split(500)), 4, center=True)
+before = peak()
+U, S, Vh = sm.linalg.svd_out_of_core(sys.argv[1], 4, center=True)
+print(json.dumps({"more": peak() - before, "U": list(U.shape), "S": S.tolist()}))
+"""
+
+
+def test_memory_is_bounded_by_the_blocks(tmp_path):
+    """A file of 400 MB adds under 100 MB: 4 blocks of 16 MB, a centred copy of one, U and Y."""
+    m, n = 100_000, 1000
+    array = np.lib.format.open_memmap(tmp_path / "A.npy", "w+", np.float32, (m, n))
+    pattern = np.random.default_rng(0).standard_normal((1000, n), dtype=np.float32)
+    pattern[:, :4] *= 30
+    for start in range(0, m, 1000):
+        array[start : start + 1000] = pattern
+    del array
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "A.npy")],
+        capture_output=True, text=True, check=True, env=os.environ,
+    )  # fmt: skip
+    facts = json.loads(done.stdout)
+    assert facts["U"] == [m, 4]
+    truth = torch.linalg.svdvals(torch.from_numpy(pattern - pattern.mean(0)).double())
+    torch.testing.assert_close(torch.tensor(facts["S"]).double(), 10 * truth[:4], rtol=1e-3, atol=0)
+    assert facts["more"] < 100e6, facts
