@@ -97,12 +97,8 @@ class OrthCpu {
   }
   // out (a.cols, b.cols) = a^T b, contiguous
   void inner(Panel<T> a, Panel<T> b, T* out, std::int64_t ld) {
-    sum_over_rows<T>(
-        a.rows, a.cols, b.cols, out, [&](std::int64_t first, std::int64_t last, T* part) {
-          blas::gemm('N', 'T', to_int(b.cols), to_int(a.cols), to_int(last - first), T{1},
-                     b.data + first * b.stride, to_int(b.stride), a.data + first * a.stride,
-                     to_int(a.stride), T{0}, part, to_int(ld));
-        });
+    const Sweep sweep{{a.data, dtype_of<T>(), a.rows, a.cols, a.stride, 1}};
+    STRUCTMAT_SIMD_CALL(sweep_transposed, context_, sweep, b, Panel<T>{out, a.cols, b.cols, ld});
   }
 
  private:

@@ -37,11 +37,12 @@ inline std::int64_t default_oversample(std::int64_t rank) {
 // More passes with narrower blocks need fewer products with A for the same error: with singular
 // values i^-1/2 and rank 128 of 4096, five blocks of 48 columns are 480 products of a column for an
 // excess of 5.9e-3, five passes with 144 are 720 for 4.4e-3, torch's six with 138 are 828 for
-// 7.3e-3. Below 32 columns reading A costs more than that saves. A narrow block misses singular
-// values repeated more often than it is wide; `hides_copies` sees that in the result.
+// 7.3e-3. Below 32 columns reading A costs more than that saves, for very tall A so does making
+// more blocks orthonormal. A narrow block misses singular values repeated more often than it is
+// wide; `hides_copies` sees that in the result.
 inline void narrow(SvdPlan& plan) {
   const std::int64_t block = (3 * plan.rank + 127) / 128 * 16;
-  if (block < 32) return;
+  if (block < 32 || plan.tall > 8 * plan.small) return;
   for (const std::int64_t blocks : {4, 5}) {
     // Bases that keep the excess below torch's at singular values i^-1/2 and 1/i, ranks 50 to 256.
     const bool enough = 8 * block * blocks >= (blocks == 4 ? 18 : 15) * plan.rank;

@@ -148,6 +148,26 @@ struct Groups {
   }
 };
 
+// A float's square cannot leave double's range: no scale, and the sums are vectors.
+template <class S>
+void measure(const S* data, std::int64_t count, Norm& norm) {
+  if constexpr (std::is_same_v<S, float>) {
+    double sums[8] = {};
+    std::int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+      for (int k = 0; k < 8; ++k) {
+        const double value = data[i + k];
+        sums[k] += value * value;
+      }
+    for (; i < count; ++i) sums[0] += static_cast<double>(data[i]) * data[i];
+    double total = 0;
+    for (const double sum : sums) total += sum;
+    if (total != 0) norm.add(Norm{1.0, total});
+  } else {
+    norm.add(data, count);
+  }
+}
+
 template <class S>
 class Tiles {
  public:
@@ -165,7 +185,7 @@ class Tiles {
             const std::int64_t live = std::min(kPanel, cols - c);
             S* const out = to + c * height + i * kPanel;
             line(in + c * s_.col_stride, live, out, r0 + i, c0 + c);
-            if (norm != nullptr) norm->add(out, live);
+            if (norm != nullptr) measure(out, live, *norm);
           }
       }
     });
