@@ -403,3 +403,58 @@ def test_result_is_a_triple_with_facts():
     assert len(result) == 3
     assert result.info.converged
     assert repr(result.info).startswith("SVDInfo(rank=2, sweeps=2, error=0.866")
+
+
+def test_residuals_bound_singular_values():
+    A = matrix(90, 60, "slow")
+    A = A + 2.0
+    for center in (False, True):
+        result = sm.linalg.randomized_svd(A, 20, sweeps=3, center=center)
+        found = result.residuals(A, center=center)
+        U, S, Vh = result
+        B = A - A.mean(0) if center else A
+        wanted = torch.maximum((B @ Vh.T - U * S).norm(dim=0), (B.T @ U - Vh.T * S).norm(dim=0))
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-12)
+        distance = (S[:, None] - torch.linalg.svdvals(B)).abs().amin(1)
+        assert (distance <= found + 1e-12).all()
+        assert found[-1] > 1e-3  # with 3 sweeps the last ones are not determined
+    with pytest.raises(ValueError, match=r"A has shape \(60, 90\), the factors \(90, 20\)"):
+        result.residuals(A.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_centred(dtype):
+    A = (matrix(90, 60, "harmonic") + 3 * torch.randn(60, dtype=torch.float64)).to(dtype)
+    exact = A.double() - A.double().mean(0)
+    sigma = torch.linalg.svdvals(exact)
+    U, S, Vh = result = sm.linalg.randomized_svd(A, 6, center=True)
+    torch.testing.assert_close(S.double(), sigma[:6], rtol=1e-2, atol=0)
+    error = (exact - (U * S).double() @ Vh.double()).norm() / exact.norm()
+    assert error <= sigma[6:].norm() / exact.norm() * 1.01 + 1e-5
+    assert result.info.error == pytest.approx(error.item(), rel=0.05)
+    assert (U.mean(0).abs() < 1e-5).all()
+    batch = sm.linalg.randomized_svd(torch.stack([A, 2 * A]), 6, center=True)
+    torch.testing.assert_close(batch.S, torch.stack([S, 2 * S]), rtol=1e-5, atol=0)
+    assert batch.info.error.shape == (2,)
+    with pytest.raises(ValueError, match="every matrix has a rank of its own"):
+        sm.linalg.randomized_svd(torch.stack([A, A]), rtol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tolerance_is_met(dtype):
+    for spectrum in ("slow", "harmonic", "steep", "exponential", "step"):
+        A = matrix(120, 80, spectrum, dtype)
+        sigma = torch.linalg.svdvals(A.double())
+        for rtol in (0.5, 0.1, 0.01, 1e-4):
+            U, S, Vh = result = sm.linalg.randomized_svd(A, rtol=rtol)
+            error = (A.double() - (U * S).double() @ Vh.double()).norm() / A.double().norm()
+            least = int(
+                (sigma.square().flip(0).cumsum(0).flip(0).sqrt() > rtol * sigma.norm()).sum()
+            )
+            assert result.info.converged
+            assert error <= rtol
+            assert least <= len(S) <= 1.1 * least + 2
+    result = sm.linalg.randomized_svd(matrix(60, 50, "slow", torch.float32), rtol=1e-9)
+    assert not result.info.converged
+    results = sm.linalg.randomized_svd([A, A.T], rtol=0.1)
+    assert len(results[0].S) == len(results[1].S)
