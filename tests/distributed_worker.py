@@ -4,6 +4,7 @@
 Decomposes its rows of matrices that all ranks know, and writes what it got to FOLDER/RANK.pt.
 """
 
+import os
 import sys
 import warnings
 from datetime import timedelta
@@ -128,6 +129,8 @@ def main():
     ]
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # threads of gloo now and then abort an ordinary exit
 
 
 if __name__ == "__main__":

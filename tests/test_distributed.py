@@ -37,8 +37,12 @@ def test_ranks_agree(ranks, alone, tmp_path):
         )
         for rank in range(ranks)
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
+    try:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, errors in zip(processes, said, strict=True):
         assert process.returncode == 0, errors
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
 

@@ -504,3 +504,37 @@ def test_range_step_scales(backend, scale):
 def test_range_step_bad_arguments(A, Q, error, message):
     with pytest.raises(error, match=message):
         sm.linalg.range_step(A, Q)
+
+
+def test_autocast_changes_nothing():
+    """Decompositions keep their precision where layers are told to compute in bfloat16."""
+    A, Q = torch.randn(60, 40), sm.linalg.gaussian(40, 5)
+    Y = torch.randn(60, 6, requires_grad=True)
+
+    def calls():
+        result = sm.linalg.randomized_svd(A, 5, center=True)
+        found = [*sm.linalg.svd_tail(A, 3), *sm.linalg.range_step(A, Q), *result]
+        found += [*sm.linalg.randomized_svd(A, rtol=0.5), result.residuals(A, center=True)]
+        weight = torch.arange(360.0).reshape(60, 6)
+        found += torch.autograd.grad((sm.linalg.orthonormalize(Y) * weight).sum(), Y)
+        X = Q.clone().requires_grad_()
+        found += torch.autograd.grad((sm.linalg.gram_matmul(A, X) * Q).sum(), X)
+        return found
+
+    wanted = calls()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = calls()
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("shape", [(7000, 40), (300, 200)], ids=str)
+def test_same_bits_for_any_number_of_threads(shape, threads):
+    for dtype in (torch.float32, torch.float64):
+        A = torch.randn(shape, dtype=dtype)
+        X = torch.randn(shape[1], 9, dtype=dtype)
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append((sm.linalg.orthonormalize(A), sm.linalg.gram_matmul(A, X)))
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))

@@ -256,3 +256,17 @@ def test_opcheck():
     )
     A.requires_grad_()
     torch.library.opcheck(torch.ops.structmat.randomized_svd.default, (A, 3, None, None, 0))
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_equal_values_at_the_cut_stay_finite(k):
+    """Vectors found to 1e-7 do not tell equal values apart: a warning, and no huge numbers."""
+    n = 200
+    sigma = torch.cat([torch.tensor([1.0, 0.5, 0.5, 0.5]), 0.1 * 0.9 ** torch.arange(n - 4.0)])
+    left, right = (torch.linalg.qr(torch.randn(m, n, dtype=torch.float64)).Q for m in (n + 5, n))
+    A = ((left * sigma.double()) @ right.T).requires_grad_()
+    U, _, _ = sm.linalg.randomized_svd(A, k)
+    with pytest.warns(UserWarning, match="not determined"):
+        (grad,) = torch.autograd.grad(((U @ U.T) * torch.randn(n + 5, n + 5).double()).sum(), A)
+    assert grad.isfinite().all()
+    assert grad.abs().max() < 1e5

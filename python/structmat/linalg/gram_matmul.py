@@ -31,10 +31,11 @@ def gram_matmul(A: Tensor, X: Tensor) -> Tensor:
         TypeError: an argument is not a dense tensor, or the dtypes differ or are none of the four.
         ValueError: shapes or devices do not fit together.
 
-    Sums, those of ``A X`` among them, are kept in float32 (float64 for float64) and rounded once.
-    The same inputs give the same bits for any number of threads. Both arguments have gradients, of
-    any order: ``dX = A^T (A dZ)`` and ``dA = A (X dZ^T + dZ X^T)``. ``torch.func`` transforms and
-    forward mode take two products of torch's.
+    Sums, those of ``A X`` among them, are kept in float32 (float64 for float64) and rounded once;
+    the gradient of a 16-bit ``A`` rounds ``A [X dZ]`` as well. The same inputs give the same bits
+    for any number of threads. Both arguments have gradients, of any order: ``dX = A^T (A dZ)`` and
+    ``dA = A (X dZ^T + dZ X^T)``. ``torch.func`` transforms and forward mode take two products of
+    torch's.
 
     Cost: ``4 m n l`` FLOPs, one read of ``A``. Work space: ``n l`` numbers for each of at most 32
     slabs of rows, together at most a quarter of ``A``; 16-bit and doubly strided ``A`` are
@@ -55,7 +56,8 @@ def gram_matmul(A: Tensor, X: Tensor) -> Tensor:
         # The operator knows no tangents and no batches of batches; torch's products know all rules.
         wide = torch.promote_types(A.dtype, torch.float32)
         a = A.to(wide)
-        return (a.mT @ (a @ X.to(wide))).to(A.dtype)
+        with torch.autocast(A.device.type, enabled=False):
+            return (a.mT @ (a @ X.to(wide))).to(A.dtype)
     return torch.ops.structmat.gram_matmul.default(A, X)
 
 
@@ -95,6 +97,11 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 def _backward(ctx: Any, dZ: Tensor) -> tuple[Tensor | None, Tensor | None]:
     A, X = ctx.saved_tensors
+    with torch.autocast(A.device.type, enabled=False):
+        return _gradients(ctx, A, X, dZ)
+
+
+def _gradients(ctx: Any, A: Tensor, X: Tensor, dZ: Tensor) -> tuple[Tensor | None, Tensor | None]:
     dA = dX = None
     if ctx.needs_input_grad[0]:
         # A (X dZ^T + dZ X^T) without a matrix of n x n: two products of inner dimension 2 l.

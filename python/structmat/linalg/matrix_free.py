@@ -48,7 +48,7 @@ def randomized_svd(
     check(A, rank, rtol, oversample, sweeps, center, seed, group)
     if hasattr(A, "device_mesh"):
         return _of_dtensor(A, rank, rtol, oversample, sweeps, center, seed)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(torch.device(A.device).type, enabled=False):
         operand = _operand(A, group)
         _require_same(operand, rank, rtol, oversample, sweeps, center, seed)
         shape = operand.shape

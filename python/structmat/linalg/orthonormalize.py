@@ -125,10 +125,11 @@ def _backward(ctx: Any, dQ: Tensor | None, _: Any) -> tuple[Tensor | None, None]
     if dQ is None:
         return None, None
     Y, Q = ctx.saved_tensors
-    R = (Q.mT @ Y.to(Q.dtype)).triu()
-    M = -(dQ.mT @ Q)
-    symmetric = M.tril() + M.tril(-1).mT
-    dY = torch.linalg.solve_triangular(R.mT, dQ + Q @ symmetric, upper=False, left=False)
+    with torch.autocast(Q.device.type, enabled=False):
+        R = (Q.mT @ Y.to(Q.dtype)).triu()
+        M = -(dQ.mT @ Q)
+        symmetric = M.tril() + M.tril(-1).mT
+        dY = torch.linalg.solve_triangular(R.mT, dQ + Q @ symmetric, upper=False, left=False)
     return dY.to(Y.dtype), None
 
 

@@ -117,16 +117,17 @@ def _step(A: object, Q: object, seed: int, op: str) -> RangeStep:
             f"{op}: A has shape {tuple(A.shape)}, Q {tuple(Q.shape)}, wanted "
             f"{(*A.shape[:-2], A.shape[-1])} and at most {min(A.shape[-2:])} columns"
         )
-    P = orthonormalize(_product(A, Q), seed=seed)
-    B = _transposed_product(A, P)
-    return RangeStep(P, orthonormalize(B, seed=seed), B)
+    with torch.autocast(A.device.type, enabled=False):
+        P = orthonormalize(_product(A, Q), seed=seed)
+        B = _transposed_product(A, P)
+        return RangeStep(P, orthonormalize(B, seed=seed), B)
 
 
 def _panels(A: Tensor, wide: torch.dtype) -> list[slice]:
     """Rows of A to take at a time: all where no conversion is needed."""
     rows, per_row = A.shape[-2], max(1, A.numel() // max(1, A.shape[-2]))
     step = max(1, rows if A.dtype == wide else _PANEL // per_row)
-    return [slice(r, r + step) for r in range(0, rows, step)]
+    return [slice(r, r + step) for r in range(0, max(rows, 1), step)]
 
 
 def _product(A: Tensor, X: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ class SVDResult(_Factors):
                 f"residuals: A has shape {tuple(A.shape)}, the factors {tuple(U.shape)} and "
                 f"{tuple(Vh.shape)}; wanted the one matrix they came from"
             )
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(U.device.type, enabled=False):
             operand = _operand(A, None)
             if center:
                 operand = operand.centred()
@@ -177,7 +177,8 @@ def randomized_svd(
         center: subtract the mean of the rows, the columns' means, without forming ``A - mean``.
         seed: of the random columns, 0 to 2^63 - 1, the same for every matrix. The same inputs give
             the same bits for any number of threads, in a batch or list as in a call of their own
-            (dense ``A`` with a rank and without `center`; the rest uses torch's products).
+            (dense ``A`` with a rank and without `center`; the rest, and the gradients of U and
+            Vh, use torch's products).
         group: a ``torch.distributed`` process group; each rank gives its rows of ``A`` and gets
             its rows of ``U``.
 
@@ -214,9 +215,10 @@ def randomized_svd(
     vectors do not tell the two apart, the gradient of vectors next to the cut does not exist: what
     comes back is finite, and a warning says so. ``.info`` has no gradient.
 
-    Cost: ``2 m n l`` FLOPs a sweep, ``l = rank + oversample``, and ``O((m + n) l^2 + l^3)``. Memory
-    beyond ``A``: ``2 (m + 2 n) l`` numbers for ``m >= n``; on the CPU up to ``m l`` more for sums,
-    on CUDA ``m l + 24 l^2`` float64 numbers, 32 MB for cuBLAS and, where ``A`` is 16-bit or has two
+    Cost: ``2 m n b`` FLOPs a sweep, ``b = rank + oversample`` or, with narrower blocks, about 3/8
+    of the rank, and ``O((m + n) l^2 + l^3)`` for a basis of ``l``, about twice the rank. Memory
+    beyond ``A``: ``(m + 2 n) l`` numbers for ``m >= n``; on the CPU up to ``m b`` more for sums, on
+    CUDA ``m b + 24 l^2`` float64 numbers, 32 MB for cuBLAS and, where ``A`` is 16-bit or has two
     strides, 64 or 128 MB to convert it in parts. On the CPU the matrices of a batch or list run
     side by side, one thread each, and each running one takes this memory.
 
@@ -251,7 +253,7 @@ def randomized_svd(
         more: dict[str, Any] = {"rtol": rtol, "center": center, "group": group, "seed": seed}
         more |= {"oversample": oversample, "sweeps": sweeps}
         ranks = _ranks(rank, len(A))
-        return [randomized_svd(a, k, **more) for a, k in zip(A, ranks, strict=True)]
+        return [_of_item(i, a, k, more) for i, (a, k) in enumerate(zip(A, ranks, strict=True))]
     if _is_dense(A) and A.dim() > 2 and not of_core:
         return _of_batch(A, rank, rtol, oversample, sweeps, center, seed, group)
     if not of_core or rank is None or not _is_dense(A):
@@ -269,6 +271,15 @@ def randomized_svd(
 def _is_dense(A: Any) -> bool:
     """Whether the core takes it: no sparse tensor, DTensor or operator."""
     return isinstance(A, Tensor) and A.layout == torch.strided and not hasattr(A, "device_mesh")
+
+
+def _of_item(index: int, A: Any, rank: Any, options: dict[str, Any]) -> SVDResult:
+    """Of an item of a list that the core does not take."""
+    try:
+        result: SVDResult = randomized_svd(A, rank, **options)
+    except (TypeError, ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise type(error)(f"{error} (A[{index}] of the list)") from None
+    return result
 
 
 def _ranks(rank: Any, count: int) -> list[Any]:

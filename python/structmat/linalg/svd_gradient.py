@@ -124,11 +124,11 @@ def outer(E: _Residual, s: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor,
     Y = torch.zeros_like(target)
     chosen = (target.norm(dim=0) > noise) | target.norm(dim=0).isnan()
     if bool(chosen.any()):
-        Y[:, chosen] = _solve(E, s[chosen], target[:, chosen], accuracy[chosen])
+        Y[:, chosen] = _solve(E, s[chosen], target[:, chosen], accuracy[chosen], inexact[chosen])
     return size * ((left + E.times(Y)) / s), size * Y
 
 
-def _solve(E: _Residual, s: Tensor, target: Tensor, accuracy: Tensor) -> Tensor:
+def _solve(E: _Residual, s: Tensor, target: Tensor, accuracy: Tensor, inexact: Tensor) -> Tensor:
     """``y_i`` with ``M_i y_i = target_i``, ``M_i = s_i^2 - E^T E``.
 
     Galerkin's solution in a block Krylov space, which is exact where that is the whole space, and
@@ -136,7 +136,9 @@ def _solve(E: _Residual, s: Tensor, target: Tensor, accuracy: Tensor) -> Tensor:
     Anal. 24, 1987): the values next to ``s_k`` are in it, and those decide the rate.
     """
     W, BW, theta = _ritz(E, target)  # BW = E^T E W
-    inverse = _inverse(s - theta[:, None]) / (s + theta[:, None])  # of W^T M_i W, diagonal
+    apart = s - theta[:, None]
+    same = apart.abs() <= inexact * s  # the vectors do not tell the two apart
+    inverse = torch.where(same, 0, _inverse(apart)) / (s + theta[:, None])  # of W^T M_i W, diagonal
     inside = W.T @ target
     bound = accuracy * target.norm(dim=0)
     missing = (inside * (inverse == 0)).norm(dim=0)
@@ -213,7 +215,7 @@ def _ritz(E: _Residual, start: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     basis[:, :known] = E.V
     for block in range(blocks):
         first, last = block * width, (block + 1) * width
-        for _ in range(2):  # columns that bring nothing new are noise after the first time
+        for _ in range(3):  # columns that bring nothing new are noise at first, of A's span too
             start = torch.linalg.qr(_outside(start, basis[:, : known + first])).Q
         basis[:, known + first : known + last] = start
         image[:, first:last] = start = E.transposed_times(E.times(start))

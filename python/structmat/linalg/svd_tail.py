@@ -69,6 +69,11 @@ def svd_tail(A: Tensor, rank: int, *, oversample: int | None = None, seed: int =
         True
     """
     oversample = _check(A, rank, oversample, seed)
+    with torch.autocast(A.device.type, enabled=False):
+        return _svd_tail(A, rank, oversample, seed)
+
+
+def _svd_tail(A: Tensor, rank: int, oversample: int, seed: int) -> SVDResult:
     m, n = A.shape
     dtype = torch.promote_types(A.dtype, torch.float32)
     tall = (A if m >= n else A.mT).to(dtype)
