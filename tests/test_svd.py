@@ -458,3 +458,22 @@ def test_tolerance_is_met(dtype):
     assert not result.info.converged
     results = sm.linalg.randomized_svd([A, A.T], rtol=0.1)
     assert len(results[0].S) == len(results[1].S)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("m", "n"), [(193, 97), (961, 5), (20_000, 200), (100, 30_000)], ids=str)
+def test_equal_rows(m, n, dtype):
+    """Sums of equal addends round alike: what projection leaves points the same way again."""
+    rounding = (60 if dtype == torch.float32 else 300) * UNIT[dtype]
+    cases = [torch.full((m, n), 0.1), torch.randn(1, n).expand(m, n)]
+    cases += [torch.eye(3, n)[torch.arange(m) % 3], torch.randn(m, 1).expand(m, n)]
+    for A in cases:
+        A, k = A.to(dtype), min(8, n)
+        result = sm.linalg.randomized_svd(A, k)
+        U, S, Vh = (factor.double() for factor in result)
+        left, right = (t.numpy().astype(np.longdouble) for t in (U, Vh.T))  # double would round too
+        for basis in (left.T @ left, right.T @ right):
+            assert np.abs(basis - np.eye(k)).max() <= ORTHOGONAL[dtype]
+        error = (A.double() - (U * S) @ Vh).norm() / A.double().norm()
+        assert error <= rounding
+        assert error - rounding <= result.info.error <= 1e3 * UNIT[dtype]

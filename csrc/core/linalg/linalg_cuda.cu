@@ -31,7 +31,8 @@ struct OrthBuffers {
     gram = arena.take<double>(l * l);
     inverse = arena.take<double>(l * l);
     extremes = arena.take<double>(kMaxSlabs * l);
-    for (double** column : {&columns.scale, &columns.pivot, &columns.size, &columns.residual})
+    for (double** column :
+         {&columns.scale, &columns.pivot, &columns.size, &columns.left, &columns.residual})
       *column = arena.take<double>(l);
     columns.empty = arena.take<int>(l);
     columns.settled = arena.take<int>(l);

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <utility>
 
 namespace structmat {
 
@@ -42,7 +41,11 @@ struct Norm {
   }
   [[gnu::always_inline]] inline void add(Norm other) {
     if (other.scale == 0) return;
-    if (scale < other.scale || scale == 0) std::swap(*this, other);
+    if (scale < other.scale || scale == 0) {
+      const Norm mine = *this;  // not std::swap, which the linker may take from any file
+      *this = other;
+      other = mine;
+    }
     if (other.scale > 0) sum += other.sum * (other.scale / scale) * (other.scale / scale);
   }
   [[gnu::always_inline]] inline double value() const { return scale * std::sqrt(sum); }

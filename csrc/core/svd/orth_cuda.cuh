@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The small triangular factor of one pass of CholeskyQR (svd_algorithm.h) on the GPU, and products
+// The small triangular factor of one pass of CholeskyQR (orth.h) on the GPU, and products
 // that stand down once a panel is orthonormal: orth_factor.cpp, without the host.
 #pragma once
 #include "svd/panel_cuda.cuh"
@@ -70,19 +70,22 @@ __device__ inline void update(double* a, const double* r, const double* v, std::
 // columns. One block.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    factor_kernel(double* gram, double* inverse, double* scale, T* w, int* empty, std::int64_t n,
-                  int pass, State* state) {
+    factor_kernel(double* gram, double* inverse, double* scale, double* left, T* w, int* empty,
+                  std::int64_t n, int pass, State* state) {
   __shared__ double d[kBlock][kBlock + 1], e[kBlock][kBlock + 1];
   __shared__ int small[kBlock], poor;  // poor: another pass is needed
   if (state->done_at < pass) return;
   if (threadIdx.x == 0) poor = pass == 0;
   __syncthreads();
   const double eps = std::numeric_limits<T>::epsilon();
-  // After the first pass columns have norm 1, or what is left of 1: below 16 eps that is rounding.
-  const double noise = pass > 0 ? 256 * eps * eps : 0.0;
+  // After the first pass columns have norm 1, or what is left of 1: below 16 eps, of all passes
+  // together, that is rounding (OrthFactor::factor).
+  const double noise = 16 * eps;
   for (std::int64_t j = threadIdx.x; j < n; j += kThreads) {
     const double square = gram[j * n + j];
-    const bool none = !(square > noise) || !is_finite(square);
+    left[j] = pass > 0 ? left[j] * (square < 1 ? sqrt(square) : 1.0) : 1.0;
+    const bool none = (pass > 0 ? !(left[j] > noise) : !(square > 0.0)) || !is_finite(square);
+    if (none) left[j] = 1;
     empty[j] = none;
     scale[j] = none ? 0.0 : 1 / sqrt(square);
     if (none) poor = 1;

@@ -31,6 +31,7 @@ void OrthFactor::start(std::int64_t columns) {
   inverse.assign(padded, 1.0);
   pivot_.assign(count, 1.0);
   size_.assign(count, 1.0);
+  left_.assign(count, 1.0);
   residual.assign(count, 0.0);
   settled_.assign(count, 0);
   done = false;
@@ -89,8 +90,12 @@ void OrthFactor::factor(double* gram, int pass, double noise, double growth) {
   for (std::int64_t j = 0; j < n; ++j) {
     const auto k = static_cast<std::size_t>(j);
     const double square = gram[j * stride + j];
-    const bool none = !(square > (pass > 0 ? noise * noise : 0.0));
-    if (none) empty.push_back(j);
+    if (pass > 0) left_[k] *= std::min(1.0, std::sqrt(square));
+    const bool none = pass > 0 ? !(left_[k] > noise) : !(square > 0.0);
+    if (none) {
+      empty.push_back(j);
+      left_[k] = 1;
+    }
     if (none)
       settled_[k] = 1, residual[k] = 0;  // random from here on
     else if (pass > 0 && settled_[k] == 0)

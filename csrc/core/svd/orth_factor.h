@@ -30,6 +30,10 @@ class OrthFactor {
   void guarded_cholesky(double* gram);  // the same where that fails
   double growth_ = 0;                   // ||R^-1||_F^2
   std::vector<double> work_, size_, pivot_;
+  // Of norm 1 after the first pass, or since a column was replaced. A single pass may leave more
+  // than noise of a column that lies in the span, where equal addends round alike: again and again
+  // the same direction.
+  std::vector<double> left_;
   std::vector<char> settled_;
 };
 

@@ -47,7 +47,7 @@ void gram_block(const double* left, const double* right, std::int64_t stride, st
   Vec<double> sum[kBlock][kVectors];
 #pragma GCC unroll 8
   for (int j = 0; j < kBlock; ++j)
-    for (int v = 0; v < kVectors; ++v) sum[j][v] = load(gram + j * stride + v * kWide);
+    for (int v = 0; v < kVectors; ++v) sum[j][v] = Vec<double>{};  // a tile's sum, added at the end
   for (std::int64_t r = 0; r < rows; ++r) {
     Vec<double> b[kVectors];
     for (int v = 0; v < kVectors; ++v) b[v] = load(right + r * stride + v * kWide);
@@ -59,7 +59,10 @@ void gram_block(const double* left, const double* right, std::int64_t stride, st
   }
 #pragma GCC unroll 8
   for (int j = 0; j < kBlock; ++j)
-    for (int v = 0; v < kVectors; ++v) store(gram + j * stride + v * kWide, sum[j][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      double* const to = gram + j * stride + v * kWide;
+      store(to, load(to) + sum[j][v]);
+    }
 }
 
 template <class T>

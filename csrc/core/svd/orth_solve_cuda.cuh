@@ -12,7 +12,7 @@ namespace svd_cuda {
 
 // Where the passes over one panel stand; one array of the panel's columns each.
 struct OrthColumns {
-  double *scale, *pivot, *size, *residual;
+  double *scale, *pivot, *size, *left, *residual;
   int *empty, *settled;
 };
 
@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads)
     orth_start_kernel(OrthColumns columns, std::int64_t n, State* state) {
   for (std::int64_t j = threadIdx.x; j < n; j += kThreads) {
     columns.size[j] = 1;
+    columns.left[j] = 1;
     columns.residual[j] = 0;
     columns.settled[j] = 0;
   }
@@ -41,7 +42,10 @@ __global__ void __launch_bounds__(kThreads)
   for (std::int64_t j = threadIdx.x; j < n; j += kThreads) {
     const double square = gram[j * n + j];
     if (!is_finite(square)) state->overflowed = 1;
-    const bool none = !(square > (pass > 0 ? noise * noise : 0.0)) || !is_finite(square);
+    if (pass > 0) columns.left[j] *= square < 1 ? sqrt(square) : 1.0;
+    const bool none =
+        (pass > 0 ? !(columns.left[j] > noise) : !(square > 0.0)) || !is_finite(square);
+    if (none) columns.left[j] = 1;
     columns.empty[j] = none;
     columns.scale[j] = none ? 0.0 : 1 / sqrt(square);
     if (none) {

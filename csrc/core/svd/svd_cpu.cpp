@@ -83,10 +83,11 @@ class CpuEngine {
     });
     for (const Norm& n : norms) outside_.add(n);
     outside_.sum /= static_cast<double>(y.cols);
+    check_in_range(std::isfinite(outside_.sum));
   }
   bool hides_copies() const { return structmat::hides_copies(plan_, sigma_.get()); }
 
-  // R = x^T t = P diag(S) W^T; c_ <- P, r_ <- W^T.
+  // R = x^T t = P diag(S) W^T; p_ <- P, w_ <- W.
   void small_svd(Panel<T> x, Panel<T> t) {
     const std::int64_t l = basis_;
     std::vector<Norm> norms(static_cast<std::size_t>(ceil_div(t.rows, kTile)));
@@ -215,8 +216,13 @@ class CpuEngine {
 void randomized_svd_cpu(const Context& context, const StridedMatrixView& b, const SvdPlan& plan,
                         std::uint64_t seed, MatrixView u, VectorView s, MatrixView vh,
                         SvdInfo* info) {
-  STRUCTMAT_CHECK(plan.basis() <= 20000,
-                  "randomized_svd: a basis of " + std::to_string(plan.basis()) +
+  SvdOptions options;
+  options.rank = plan.rank;
+  const SvdPlan wide = plan.narrow ? plan_wide(plan.swapped ? plan.small : plan.tall,
+                                               plan.swapped ? plan.tall : plan.small, options)
+                                   : plan;
+  STRUCTMAT_CHECK(wide.basis() <= 20000,
+                  "randomized_svd: a basis of " + std::to_string(wide.basis()) +
                       " columns, wanted at most 20000 (LAPACK counts in 32 bits)");
   const auto decompose = [&](auto element, const SvdPlan& with) {
     using Engine = CpuEngine<decltype(element)>;
@@ -228,10 +234,7 @@ void randomized_svd_cpu(const Context& context, const StridedMatrixView& b, cons
     return b.dtype == DType::f64 ? decompose(double{}, with) : decompose(float{}, with);
   };
   if (!with_type(plan)) return;
-  SvdOptions options;
-  options.rank = plan.rank;
-  with_type(plan_wide(plan.swapped ? plan.small : plan.tall, plan.swapped ? plan.tall : plan.small,
-                      options));
+  with_type(wide);
   info->sweeps += static_cast<double>(plan.sweeps);
 }
 

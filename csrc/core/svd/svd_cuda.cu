@@ -46,7 +46,7 @@ struct Buffers {
   T *q, *x, *t;  // (tall, l + probes), (small, l + probes), (small, l)
   double* wide;  // (tall, block) or (small, l): a panel in double, or the product that replaces it
   double *gram, *inverse;   // (l, l)
-  double* scale;            // (l)
+  double *scale, *kept;     // (l)
   T *c, *w;                 // (l, max(l, probes)): projections and R; (l, l): the factor of a pass
   T* j;                     // (l, l): rotations
   T *left, *right;          // (l, k): the columns of W and P
@@ -69,6 +69,7 @@ struct Buffers {
     gram = arena.take<double>(l * l);
     inverse = arena.take<double>(l * l);
     scale = arena.take<double>(l);
+    kept = arena.take<double>(l);
     c = arena.take<T>(l * std::max(l, plan.probes));
     w = arena.take<T>(l * l);
     j = arena.take<T>(l * l);
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kThreads)
   const double outside = plan.probes > 0 ? value[2] / sqrt(static_cast<double>(plan.probes)) : 0.0;
   *info = svd_info(plan, sigma, value[0], value[1], outside);
   if (state->overflowed != 0 || rotated[kJacobiSweeps - 1] != 0 || !is_finite(value[0]) ||
-      !is_finite(static_cast<double>(sigma[0]))) {
+      !is_finite(value[2]) || !is_finite(static_cast<double>(sigma[0]))) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     *info = {nan, nan, nan, nan, 0};
   }
@@ -221,7 +222,8 @@ class CudaEngine {
   }
   void factor(std::int64_t cols, int) {
     SM_LAUNCH(factor_kernel<T>, 1, kThreads, 0, context_.stream, buffers_.gram, buffers_.inverse,
-              buffers_.scale, buffers_.w, buffers_.empty, cols, pass_, buffers_.state);
+              buffers_.scale, buffers_.kept, buffers_.w, buffers_.empty, cols, pass_,
+              buffers_.state);
   }
   void apply(Panel<T> y, std::uint32_t stream) {
     T* product = reinterpret_cast<T*>(buffers_.wide);

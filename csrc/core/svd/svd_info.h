@@ -29,7 +29,9 @@ STRUCTMAT_HOST_DEVICE inline SvdInfo svd_info(const SvdPlan& plan, const T* sigm
   }
   const double share = inverse > 0 ? captured * inverse : 1.0;
   double left = (1 - share) * (1 + share);
-  if (left < 64 * eps) left = outside * inverse * (outside * inverse);
+  // In double the sums of T and Q round with their length.
+  const double chain = sizeof(T) == 8 ? sqrt(static_cast<double>(plan.tall)) : 1.0;
+  if (left < 64 * eps * chain) left = outside * inverse * (outside * inverse);
   const double error = sqrt(tail + (plan.complete ? 0.0 : left));
   const double floor = norm > 0 ? 16 * eps : 0.0;  // rounding in U S Vh
   return {error < floor ? floor : error, norm, rank, static_cast<double>(plan.sweeps), 1.0};

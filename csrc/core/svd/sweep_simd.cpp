@@ -6,7 +6,8 @@
 // OpenBLAS spends 1.2 (16 columns) to 0.3 (64) times the time of its kernel on copying the same
 // matrix.
 //
-// Every element is one chain of additions in an order that sizes alone decide.
+// Sums within a tile, and of those, in an order that sizes alone decide: one chain of additions
+// over all rows would round too much where addends are alike.
 #include "svd/sweep_simd.h"
 
 #include <algorithm>
@@ -52,7 +53,7 @@ void micro_kernel(const S* a, const S* b, std::int64_t depth, S* c, bool first, 
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
-    for (int j = 0; j < kVecs; ++j) sum[i][j] = first ? Vec<S>{} : load(c + (i * kVecs + j) * w);
+    for (int j = 0; j < kVecs; ++j) sum[i][j] = Vec<S>{};
   Ahead fetch = ahead;
   std::int64_t in_panel = 0;
   while (depth > 0) {
@@ -80,7 +81,10 @@ void micro_kernel(const S* a, const S* b, std::int64_t depth, S* c, bool first, 
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
-    for (int j = 0; j < kVecs; ++j) store(c + (i * kVecs + j) * w, sum[i][j]);
+    for (int j = 0; j < kVecs; ++j) {
+      S* const to = c + (i * kVecs + j) * w;
+      store(to, first ? sum[i][j] : load(to) + sum[i][j]);
+    }
 }
 
 template <class S>
@@ -273,6 +277,7 @@ class Norms {
 template <class S>
 void multiply(const Context& context, const Sweep& a, Panel<S> x, Panel<S> y) {
   const std::int64_t m = a.s.rows, n = a.s.cols;
+  if (m == 0 || n == 0 || x.cols == 0) return;
   const Groups<S> groups(x.cols);
   const Tiles<S> source(a);
   Scratch memory;  // of the call: X may be large
@@ -306,7 +311,9 @@ void multiply(const Context& context, const Sweep& a, Panel<S> x, Panel<S> y) {
 // Their partial results take no more room than y and z together.
 template <class S>
 void multiply_transposed(const Context& context, const Sweep& a, Panel<S> y, Panel<S> z) {
-  const std::int64_t m = a.s.rows, n = a.s.cols, stripes = ceil_div(n, kStripe);
+  const std::int64_t m = a.s.rows, n = a.s.cols;
+  if (n == 0 || y.cols == 0) return;
+  const std::int64_t stripes = ceil_div(n, kStripe);
   const std::int64_t width = ceil_div(ceil_div(n, stripes), kPanel) * kPanel;
   const std::int64_t slabs = std::clamp<std::int64_t>(
       std::min({ceil_div(32, stripes), 1 + m / n, m / (4 * kTallRows), kMaxSlabs}), 1, kMaxSlabs);
@@ -315,13 +322,15 @@ void multiply_transposed(const Context& context, const Sweep& a, Panel<S> y, Pan
   const Tiles<S> source(a);
   Scratch memory;
   S* const partial = memory.get<S>((slabs - 1) * n * y.cols);
+  const std::int64_t sum_count = (width + kTallRows) * groups.width;
   Norms norms(a.norm, stripes * slabs);
   parallel_for(context, stripes * slabs, [&](std::int64_t task) {
     const std::int64_t part = task / stripes, c0 = std::min(n, task % stripes * width);
     const std::int64_t cols = std::min(width, n - c0), last = std::min(m, (part + 1) * slab);
     S* const out = part == 0 ? z.data + c0 * z.stride : partial + ((part - 1) * n + c0) * y.cols;
     S* const tile = tile_memory<S>();
-    S* const sums = sum_memory<S>((width + kTallRows) * groups.width);
+    Scratch large;  // kept only where it is small
+    S* const sums = sum_count > (1 << 18) ? large.get<S>(sum_count) : sum_memory<S>(sum_count);
     S* const lines = sums + width * groups.width;
     if (part * slab >= last) std::fill_n(sums, width * groups.width, S{0});
     for (std::int64_t r0 = part * slab; r0 < last; r0 += kTallRows) {

@@ -37,7 +37,9 @@ struct StridedMatrixView {
 struct SvdOptions {
   std::int64_t rank = 0;                   // 1 .. min(m, n)
   std::optional<std::int64_t> oversample;  // >= 0; default: at least 8, to a block of 16 columns
-  std::optional<std::int64_t> sweeps;      // >= 2 passes over A; default 5
+  // >= 2 passes over A. Default 5; on the CPU 8 or 10, with narrower blocks, where that is less
+  // work and neither this nor `oversample` is given.
+  std::optional<std::int64_t> sweeps;
   std::uint64_t seed = 0;
 };
 
@@ -47,7 +49,7 @@ struct SvdInfo {
   double error;   // estimate of ||A - U S Vh||_F / ||A||_F
   double norm;    // ||A||_F
   double rank;    // singular values above max(m, n) eps S[0], at most the rank asked for
-  double sweeps;  // passes over A made
+  double sweeps;  // passes over A made, those of a second try included
   double finite;  // 1; 0 where A holds NaN or Inf or a product overflowed: then U, S and Vh are NaN
 };
 
@@ -58,7 +60,9 @@ STRUCTMAT_API void randomized_svd(const Context& context, const StridedMatrixVie
                                   const SvdOptions& options, MatrixView u, VectorView s,
                                   MatrixView vh, SvdInfo* info);
 
-// Device memory the call above asks for, in bytes: O((m + n) (rank + oversample)).
+// Device memory the call above asks for, in bytes: O((m + n) l + l^2) for a basis of l columns,
+// twice rank + oversample; 32 MB for cuBLAS; 2^24 numbers, or a row, where A is 16-bit or has two
+// strides.
 STRUCTMAT_API std::size_t randomized_svd_workspace(const Context& context,
                                                    const StridedMatrixView& a,
                                                    const SvdOptions& options);

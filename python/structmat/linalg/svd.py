@@ -168,12 +168,12 @@ def randomized_svd(
             least rank for which an upper bound of the error meets it, up to a tenth more.
         oversample: columns beyond ``rank`` in a block. By default at least 8, up to a multiple of
             16 columns, which costs no time.
-        sweeps: passes over ``A``, at least 2. By default 5, or, for ranks above 85 on the CPU, and
-            above 42 unless ``A`` is very tall or wide, 8 or 10 with narrower blocks, which are
-            fewer products. Either way the error is within 1 % of the least a matrix of this rank
-            can have for singular values that fall like ``i^-1/2`` or faster (`docs/svd.md` has the
-            table). Two more passes divide the excess by about 7. Where the basis nearly fills the
-            smaller dimension the result is exact and takes 2. With ``rtol`` a bound.
+        sweeps: passes over ``A``, at least 2. By default 5; for ranks above 42 on the CPU, unless
+            ``A`` is very tall or wide, 8 or 10 with narrower blocks, which are fewer products.
+            Either way the error is within 1 % of the least a matrix of this rank can have for
+            singular values that fall like ``i^-1/2`` or faster (`docs/svd.md` has the table). Two
+            more passes divide the excess by about 7. Where the basis nearly fills the smaller
+            dimension the result is exact and takes 2. With ``rtol`` a bound.
         center: subtract the mean of the rows, the columns' means, without forming ``A - mean``.
         seed: of the random columns, 0 to 2^63 - 1, the same for every matrix. The same inputs give
             the same bits for any number of threads, in a batch or list as in a call of their own

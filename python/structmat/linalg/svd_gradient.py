@@ -118,7 +118,8 @@ def outer(E: _Residual, s: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor,
     target = s * right + E.transposed_times(left)
     # The result is no more accurate than the vectors, A v_i = s_i u_i.
     k = len(s)
-    inexact = (_product(E.A, E.V[:, :k]) / E.scale - E.U[:, :k] * s).norm(dim=0) / s
+    image = _outside(_product(E.A, E.V[:, :k]) / E.scale, E.U[:, k:])  # less the mean
+    inexact = (image - E.U[:, :k] * s).norm(dim=0) / s
     accuracy = (inexact / 10).clamp(4 * eps, 0.01)
     noise = 8 * eps * (s * right.norm(dim=0) + left.norm(dim=0))
     Y = torch.zeros_like(target)
