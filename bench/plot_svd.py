@@ -24,6 +24,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 Contender = Callable[[], Factors]
+MILLISECONDS = [m * 10**e for e in range(5) for m in (1, 2, 5)]
 STYLE = {"structmat": ("C0", "o"), "torch": ("C1", "s"), "scikit-learn": ("C2", "^")}
 
 
@@ -45,6 +46,14 @@ def sklearns(A: torch.Tensor, k: int, n_iter: Any = "auto") -> Contender:
         return torch.from_numpy(U), torch.from_numpy(S), torch.from_numpy(Vh)
 
     return run
+
+
+def plain(axis: Any, values: list[int]) -> None:
+    """Marks at some of the values on a logarithmic axis, in plain numbers."""
+    low, high = axis.get_view_interval()
+    axis.set_ticks([v for v in values if low <= v <= high])
+    axis.set_major_formatter("{x:.0f}")
+    axis.set_minor_formatter("")
 
 
 def timed(contenders: dict[str, Contender], tiny: bool) -> dict[str, float]:
@@ -74,8 +83,9 @@ def pareto(axis: Any, n: int, k: int, tiny: bool) -> None:
                 points.append(point)
         axis.plot(*zip(*points, strict=True), color=color, marker=mark, label=name)
     axis.set(xscale="log", yscale="log", xlabel="time, ms", ylabel="excess error")
+    plain(axis.xaxis, MILLISECONDS)
     axis.set_title(f"{n} x {n}, rank {k}, more passes")
-    axis.legend()
+    axis.legend(loc="upper right")
 
 
 def against(axis: Any, cases: list[tuple[int, int, int]], label: str, tiny: bool) -> None:
@@ -89,6 +99,8 @@ def against(axis: Any, cases: list[tuple[int, int, int]], label: str, tiny: bool
     for name, (color, mark) in STYLE.items():
         axis.plot([case[0] for case in cases], times[name], color=color, marker=mark, label=name)
     axis.set(xscale="log", yscale="log", xlabel=label, ylabel="time, ms")
+    plain(axis.xaxis, [case[0] for case in cases])
+    plain(axis.yaxis, MILLISECONDS)
 
 
 def main() -> None:
