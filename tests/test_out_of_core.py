@@ -97,6 +97,27 @@ def test_small_values_are_not_lost_silently(sweeps):
     assert flat.info.sweeps == sweeps
 
 
+@pytest.mark.parametrize("center", [False, True])
+def test_exactly_low_rank(center):
+    for seed in range(40):
+        g = np.random.default_rng(seed)
+        k = 1 + seed % 8
+        A = torch.from_numpy(g.standard_normal((300, k)) @ g.standard_normal((k, 40)))
+        U, S, Vh = result = svd(rows_of(A, len(A)), k, seed=seed, center=center)
+        exact = A - A.mean(0) if center else A
+        assert (exact - (U * S) @ Vh).norm() <= 1e-12 * exact.norm()
+        assert result.info.error <= 1e-12
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 9), (3, 13), (4, 44), (7, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fewer_rows_than_columns_are_drawn(m, n, dtype):
+    A = torch.from_numpy(np.random.default_rng(m).standard_normal((m, n))).to(dtype)
+    for sweeps in (1, 2, 3):
+        verify(A, svd(rows_of(A, 2), 1, sweeps=sweeps))
+        verify(A, svd(rows_of(A, 2), m, sweeps=sweeps))
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_squares_stay_in_range(scale):
     A = (matrix(90, 70, "harmonic") * scale).float()

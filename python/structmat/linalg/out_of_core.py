@@ -234,7 +234,7 @@ class _Run:
             Y, Z, R, unit = self._sweep(X, cols, probe=False)
             rows = self._rows(rank)
             width = min(width, rows.size)  # the first columns of a sketch are one
-            T = _quotient(Z[:, :width], R[:, :width], unit, rank, last=False)
+            T = _quotient(Z[:, :width], R[:width, :width], unit, rank, last=False)
             if T is None:
                 Q, _ = rows.qr(Y[:, :width].contiguous())
                 T = self._transposed(Q, cols)
@@ -459,7 +459,8 @@ def _quotient(Z: Tensor, R: Tensor, unit: float, rank: int, last: bool) -> Tenso
     amplified = norms / torch.where(pivots > 0, pivots, 1)
     limit = 30 if last else 0.1 / eps**0.5
     lost = ~noise & (amplified > limit)
-    if lost[:rank].any():
+    # In the last sweep oversampled columns count too: T's factors mix all of them.
+    if (lost if last else lost[:rank]).any():
         return None
     drop = noise & ((amplified > 16) | (pivots == 0))
     R, Z = R.clone(), Z.clone()
