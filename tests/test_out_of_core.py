@@ -101,9 +101,10 @@ def test_small_values_are_not_lost_silently(sweeps):
 def test_exactly_low_rank(center):
     for seed in range(40):
         g = np.random.default_rng(seed)
-        k = 1 + seed % 8
-        A = torch.from_numpy(g.standard_normal((300, k)) @ g.standard_normal((k, 40)))
-        U, S, Vh = result = svd(rows_of(A, len(A)), k, seed=seed, center=center)
+        k = 8
+        A = torch.from_numpy(g.standard_normal((500, k)) @ g.standard_normal((k, 100)))
+        sweeps = 1 + max(center, seed % 2)
+        U, S, Vh = result = svd(rows_of(A, len(A)), k, seed=seed, center=center, sweeps=sweeps)
         exact = A - A.mean(0) if center else A
         assert (exact - (U * S) @ Vh).norm() <= 1e-12 * exact.norm()
         assert result.info.error <= 1e-12

@@ -49,7 +49,7 @@ def randomized_svd(
     if hasattr(A, "device_mesh"):
         return _of_dtensor(A, rank, rtol, oversample, sweeps, center, seed)
     with torch.no_grad(), torch.autocast(torch.device(A.device).type, enabled=False):
-        operand = _operand(A, group)
+        operand = _operand(A, group, center)
         _require_same(operand, rank, rtol, oversample, sweeps, center, seed)
         shape = operand.shape
         if 0 in shape:
@@ -101,11 +101,11 @@ def _of_dtensor(
     return out
 
 
-def _operand(A: Any, group: Any) -> Operand:
+def _operand(A: Any, group: Any, center: bool) -> Operand:
     if not isinstance(A, Tensor):
         return operands.products(A, group)
     if A.layout == torch.strided:
-        return operands.dense(A, group)
+        return operands.dense(A, group, center)
     try:
         torch.sparse_csr_tensor(
             A.crow_indices(), A.col_indices(), A.values(), A.shape, check_invariants=True
@@ -146,6 +146,7 @@ class _Basis:
         self.probes: Tensor | None = None  # B G
         self.complete = False
         self.norm: float | None = None
+        self.removed: float | None = None  # norm of what centring takes away
 
     # ---- products ---------------------------------------------------------------------------
     def multiply(self, X: Tensor, *, probe: bool = False) -> Tensor:
@@ -194,6 +195,15 @@ class _Basis:
         unit = max(float(self.S[0]), self.norm or 0.0) or 1.0
         self.energies = (self.S / unit).square()  # of the triplets
         captured = float(self.energies.sum())
+        # Where a mean was taken from products, they err by eps of it too.
+        self.eps, self.floor = torch.finfo(self.operand.like.dtype).eps, 0.0
+        if self.removed is None:
+            self.removed = self.operand.mean_norm()
+        if self.removed > 0 and self.norm != 0:
+            size = (self.norm or 0.0) or unit * captured**0.5
+            ratio = math.hypot(size, self.removed) / size if size else math.inf
+            self.eps = min(self.eps * ratio, 0.1)
+            self.floor = 8 * self.eps
         probed = None
         if not self.complete:
             assert self.probes is not None
@@ -202,7 +212,7 @@ class _Basis:
                 H = H - self.Q @ rows.inner(self.Q, H)
             probed = rows.inner(H.double(), H.double())
         total = None if self.norm is None else (self.norm / unit) ** 2
-        self.tail = tail(captured, total, probed, torch.finfo(self.operand.like.dtype).eps)
+        self.tail = tail(captured, total, probed, self.eps)
         # of ||A||_F^2, as certificate.tail has it
         missed = self.tail.estimate
         self.total = total or captured / (1 - missed if missed < 1 else 1)
@@ -211,7 +221,9 @@ class _Basis:
         """Relative error, or a bound of it, of the first k triplets."""
         part = part or self.tail
         left = float(self.energies[k:].sum()) / self.total if self.total else 0.0
-        return math.sqrt(left + (part.bound if bound else part.estimate))
+        if bound:  # the singular values left out err by some eps of the first
+            return math.sqrt(left + part.bound) + 8 * self.eps
+        return max(math.sqrt(left + part.estimate), self.floor)
 
     def least_rank(self, rtol: float) -> int | None:
         """The smallest rank whose error is certainly at most rtol."""
@@ -300,7 +312,6 @@ def _fixed_error(
 ) -> _Basis:
     basis = _Basis(operand, seed)
     rows, cols, like = operand.rows, operand.cols, operand.like
-    floor = (8 * torch.finfo(like.dtype).eps) ** 2
     number = 0
     while True:
         have = basis.Q.shape[1]
@@ -324,5 +335,7 @@ def _fixed_error(
         enough = basis.least_rank(rtol)
         if enough is not None and enough + (oversample or 0) <= basis.Q.shape[1]:
             return basis
-        if basis.tail.bound <= 4 * floor:  # what is left is rounding: no basis gets below it
+        if (
+            basis.tail.bound <= 4 * (8 * basis.eps) ** 2
+        ):  # what is left is rounding: no basis gets below it
             return basis
