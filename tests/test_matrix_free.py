@@ -355,10 +355,20 @@ def test_wrong_arguments(options, error, says):
             svd(make(A), **options)
 
 
+def test_integers_of_numpy():
+    A = torch.randn(20, 9)
+    two = np.int64(2)
+    for make in (torch.clone, torch.Tensor.to_sparse_csr):
+        for options in ({}, {"center": True}):
+            got = svd(make(A), two, seed=two, oversample=two, sweeps=two, **options)
+            assert torch.equal(got.S, svd(make(A), 2, seed=2, oversample=2, sweeps=2, **options).S)
+    assert torch.equal(svd([A], two)[0].S, svd([A], 2)[0].S)
+
+
 def test_wrong_matrices():
     eye = torch.eye(4)
     for A, error, says in (
-        (np.eye(4), TypeError, "without matmat, rmatmat"),
+        (np.eye(4), TypeError, "without matmat, rmatmat.*torch.from_numpy"),
         (None, TypeError, "NoneType"),
         (eye.to_sparse(), TypeError, "to_sparse_csr"),
         (eye.to_sparse_csc(), TypeError, "sparse_csc"),

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrices read in blocks of rows, against torch.linalg.svd in double precision."""
 
+import gc
 import io
 import json
 import os
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -218,8 +220,10 @@ def test_wrong_files(tmp_path):
     (tmp_path / "short.npy").write_bytes(data[:-8])
     np.save(tmp_path / "integers.npy", np.ones((9, 9), dtype=int))
     np.save(tmp_path / "cube.npy", np.ones((2, 2, 2)))
+    np.save(tmp_path / "narrow.npy", np.ones((5, 0)))
     for name, error, says in (
         ("A.csv", ValueError, "no known kind"),
+        ("narrow.npy", ValueError, "empty"),
         ("rubbish.npy", ValueError, "no .npy file"),
         ("rubbish.safetensors", ValueError, "no safetensors file"),
         ("short.npy", ValueError, "short.npy"),
@@ -293,6 +297,84 @@ def test_a_source_that_fails_is_heard_and_its_thread_ends():
     with pytest.raises(torch.linalg.LinAlgError, match="NaN or Inf"):
         svd(endless, 2)
     assert threading.active_count() == before
+
+
+def test_a_failure_keeps_nothing_alive():
+    class Blocks:
+        def __call__(self):
+            yield A
+            yield A * torch.nan
+
+    source = Blocks()
+    alive = weakref.ref(source)
+    gc.disable()
+    try:
+        svd(source, 2)
+    except torch.linalg.LinAlgError:
+        pass
+    finally:
+        del source
+        found = alive()
+        gc.enable()
+    assert found is None
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "csr", "scipy"])
+def test_blocks_may_reuse_their_buffer(kind):
+    A = matrix(96, 20, "slow")
+    make = {
+        "numpy": lambda part: part.numpy(),
+        "torch": lambda part: part,
+        "csr": torch.Tensor.to_sparse_csr,
+        "scipy": lambda part: pytest.importorskip("scipy.sparse").csr_matrix(part.numpy()),
+    }[kind]
+    buffer = make(A[:8].clone())
+    values = {"csr": lambda: buffer.values(), "scipy": lambda: buffer.data}.get(
+        kind, lambda: buffer
+    )()
+
+    def blocks():
+        for part in A.split(8):
+            values[:] = (
+                make(part).reshape(values.shape)
+                if kind in ("numpy", "torch")
+                else (part.reshape(values.shape))
+            )
+            yield buffer
+
+    for _ in range(3):
+        verify(A, svd(blocks, 4))
+
+
+def test_scipy_blocks_stay_as_they_are():
+    csr = pytest.importorskip("scipy.sparse").csr_matrix
+    part = csr((np.ones(6), [2, 2, 1, 0, 1, 2], [0, 3, 4, 6]), (3, 3))
+    svd(lambda: iter([part]), 1)
+    assert part.nnz == 6
+    assert part.indices.tolist() == [2, 2, 1, 0, 1, 2]
+
+
+def test_default_device(tmp_path):
+    A = matrix(40, 9, "slow")
+    np.save(tmp_path / "A.npy", A.numpy())
+    with torch.device("meta"):
+        result = svd(tmp_path / "A.npy", 3)
+    verify(A, result)
+
+
+def test_a_row_that_turns_bad_is_found_in_the_last_reading():
+    g = np.random.default_rng(7)
+    A = torch.from_numpy(g.standard_normal((500, 8)) @ g.standard_normal((8, 100)))
+    calls = 0
+
+    def blocks():
+        nonlocal calls
+        calls += 1
+        return iter([A * torch.nan if calls == 4 else A])
+
+    with pytest.raises(torch.linalg.LinAlgError, match="NaN or Inf"):
+        svd(blocks, 8, seed=7)
+    assert calls == 4
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

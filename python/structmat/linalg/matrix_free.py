@@ -269,7 +269,7 @@ class _Basis:
 
 
 def info(error: float, norm: float, rank: int, sweeps: int, converged: bool) -> SVDInfo:
-    facts = torch.tensor([error, norm, rank, sweeps, 1.0], dtype=torch.float64)
+    facts = torch.tensor([error, norm, rank, sweeps, 1.0], dtype=torch.float64, device="cpu")
     return SVDInfo(facts, converged)
 
 

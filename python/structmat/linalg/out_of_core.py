@@ -54,9 +54,9 @@ def svd_out_of_core(
     Args:
         blocks: a path of a ``.npy`` file or of a ``.safetensors`` file with one tensor,
             ``"file.safetensors::name"`` where there are several; or a callable without arguments,
-            called once a sweep, that returns an iterator of blocks ``(rows, n)``: dense or CSR
-            tensors, NumPy arrays or SciPy CSR matrices, of any numbers of rows. A column-major
-            ``.npy`` file is read by columns.
+            called once a sweep and once before, for its first block, that returns an iterator of
+            blocks ``(rows, n)``: dense or CSR tensors, NumPy arrays or SciPy CSR matrices, of any
+            numbers of rows, which are copied. A column-major ``.npy`` file is read by columns.
         rank: ``k``, 1 to ``min(m, n)``.
         sweeps: readings, at least 1, with ``center`` at least 2. One more is made where the
             singular values span more than the root of the dtype's precision and the first sweep
@@ -327,7 +327,10 @@ class _Run:
 
         def take(block: Tensor, first: int) -> None:
             A = self._centred(block)
-            T.add_(_transposed_times(A, Q[first : first + len(block)], self._sparse_shift(A)))
+            part = _transposed_times(A, Q[first : first + len(block)], self._sparse_shift(A))
+            if not part.isfinite().all():
+                self._refuse(block)
+            T.add_(part)
 
         self._read(take)
         return Side(0, self.group, self._ranks()).sum(T)
@@ -398,7 +401,9 @@ class _Run:
         return norm_of([A], Side(0), self.like)
 
     def _norm(self, rows: Side) -> float:
-        return norm_of([torch.tensor(self._squares, dtype=torch.float64)], rows, self.like)
+        return norm_of(
+            [torch.tensor(self._squares, dtype=torch.float64, device="cpu")], rows, self.like
+        )
 
     def _refuse(self, block: Tensor) -> None:
         values = block.values() if block.layout == torch.sparse_csr else block
@@ -441,7 +446,10 @@ class _Run:
             if failure is None and other is not None:
                 failure = RuntimeError(f"{_OP}: rank {other} of the group failed: {every[other]}")
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # whose traceback holds this frame, and so what the sweep had
 
 
 def _quotient(Z: Tensor, R: Tensor, unit: float, rank: int, last: bool) -> Tensor | None:

@@ -131,7 +131,7 @@ class SVDResult(_Factors):
                 f"{tuple(Vh.shape)}; wanted the one matrix they came from"
             )
         with torch.no_grad(), torch.autocast(U.device.type, enabled=False):
-            operand = _operand(A, None)
+            operand = _operand(A, None, center)
             if center:
                 operand = operand.centred()
             right = operand.matmat(Vh.mT.contiguous()) - U * S
@@ -395,7 +395,7 @@ def _check_options(oversample: Any, sweeps: Any, seed: Any) -> None:
 
 
 def _check_integer(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{_OP}: {name} must be an integer, got {type(value).__name__}")
 
 
