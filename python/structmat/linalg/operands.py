@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sides import Side
+from .sides import Side, together
 
 _NONZEROS = 2**30  # of a CSR product: MKL and cuSPARSE count in 32 bits
 
@@ -100,7 +100,7 @@ def norm_of(parts: Iterable[Tensor], rows: Side, like: Tensor) -> float:
 def shards(A: Any, group: Any, device: torch.device) -> tuple[Side, Side]:
     """The sides of a matrix of which this rank holds the rows ``A``."""
     m, n = A.shape
-    return Side.of_shard(m, group, device), Side(n)
+    return Side.of_shard(m, group, device), Side(n, peers=group)
 
 
 def dense(A: Tensor, group: Any, center: bool = False) -> Operand:
@@ -222,7 +222,7 @@ def products(A: Any, group: Any) -> Operand:
     like = torch.empty(0, dtype=A.dtype, device=A.device)
 
     def checked(name: str, length: int) -> Callable[[Tensor], Tensor]:
-        def product(X: Tensor) -> Tensor:
+        def local(X: Tensor) -> Tensor:
             Y = getattr(A, name)(X)
             op = f"randomized_svd: A.{name}"
             if not isinstance(Y, Tensor):
@@ -241,7 +241,7 @@ def products(A: Any, group: Any) -> Operand:
             # what is kept must not change with the object's own buffers
             return Y.detach().clone()
 
-        return product
+        return lambda X: together("randomized_svd", group, lambda: local(X))
 
     rmatmat = checked("rmatmat", A.shape[1])
     return Operand(
