@@ -122,7 +122,7 @@ def svd(
         reason = (
             "allow more passes with --sweeps"
             if sweeps is not None
-            else f"the tolerance is below the precision of {dtype}"
+            else f"the tolerance is below the precision of {str(S.dtype).removeprefix('torch.')}"
         )
         console.print(f"Not converged: {reason}.", highlight=False)
     console.print(f"U, S, Vh written to {output}", highlight=False, markup=False, soft_wrap=True)

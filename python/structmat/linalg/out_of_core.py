@@ -88,7 +88,7 @@ def svd_out_of_core(
         RuntimeError: another rank of the group failed.
 
     Cost: ``4 m n l`` FLOPs a sweep, ``l = rank + oversample``, and ``O((m + n) l^2)``. Memory: up
-    to four blocks, ``2 m (l + 8)`` numbers for what becomes ``U``, and ``O(n l)``.
+    to four blocks, ``4 m (l + 8)`` numbers for what becomes ``U``, and ``O(n l)``.
 
     Source: Halko, Martinsson, Shkolnisky, Tygert, SIAM J. Sci. Comput. 33 (2011); Demmel, Grigori,
     Hoemmen, Langou, SIAM J. Sci. Comput. 34 (2012) (QR by blocks).
