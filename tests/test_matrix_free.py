@@ -206,6 +206,14 @@ def test_tolerance_that_rounding_forbids():
     assert svd(Operator(matrix(90, 70, "rank 5")), rtol=1e-8).info.converged
 
 
+def test_tolerance_counts_the_rounding_of_what_is_left_out():
+    A = torch.zeros(20, 9)
+    A[0, 0], A[1, 1] = 1, 1.8e-6  # 15 eps, and products err by some eps
+    result = svd(Operator(A), rtol=2.2e-6)
+    assert len(result.S) == 2
+    assert result.info.converged
+
+
 def test_tolerance_within_bounded_passes():
     A = matrix(400, 300, "slow")
     for sweeps in (2, 3, 4, 7):
@@ -337,6 +345,8 @@ def test_products_may_reuse_their_buffer():
         ({"rank": 10}, ValueError, "1 to 9"),
         ({"rank": 2.0}, TypeError, "float"),
         ({"rank": True}, TypeError, "bool"),
+        ({"rank": np.float64(2)}, TypeError, "float64"),
+        ({"rank": torch.tensor(2.0)}, TypeError, "Tensor"),
         ({"rtol": 0.0}, ValueError, "rtol is 0.0"),
         ({"rtol": 1.0}, ValueError, "rtol is 1.0"),
         ({"rtol": float("nan")}, ValueError, "rtol is nan"),

@@ -2,6 +2,7 @@
 """Truncated singular value decomposition."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -395,8 +396,14 @@ def _check_options(oversample: Any, sweeps: Any, seed: Any) -> None:
 
 
 def _check_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{_OP}: {name} must be an integer, got {type(value).__name__}")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        operator.index(value)
+    except TypeError:
+        raise TypeError(f"{_OP}: {name} must be an integer, got {type(value).__name__}") from None
 
 
 @torch.library.register_fake("structmat::randomized_svd")
