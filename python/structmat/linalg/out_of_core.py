@@ -186,6 +186,7 @@ class _Run:
         shown = progress and (group is None or dist.get_rank(group) == 0)
         self.bar = Bar("reading", shown)
         self.sweeps = 0
+        self._room: Tensor | None = None  # of a centred block
         self.count: int | None = None  # rows here, known after a sweep
 
     def open(self, arguments: Any) -> None:
@@ -387,7 +388,10 @@ class _Run:
             )
         A = block.to(self.like)
         if self.shift is not None:
-            return A - self.shift
+            # In one place: the heap would keep holes between what is allocated in the meantime.
+            if self._room is None or len(self._room) < len(A):
+                self._room = torch.empty_like(A)
+            return torch.sub(A, self.shift, out=self._room[: len(A)])
         if self.center:  # what comes are columns
             return A - A.mean(1, keepdim=True, dtype=torch.float64).to(self.dtype)
         return A

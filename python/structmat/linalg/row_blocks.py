@@ -129,9 +129,7 @@ class MatrixFile(Source):
         m, n = self._shape
         size = self._dtype.itemsize
         # The queue, one being computed with and one being read.
-        ring = [
-            torch.empty(self._rows, n, dtype=self._dtype, device="cpu") for _ in range(_QUEUE + 2)
-        ]
+        ring = torch.empty(_QUEUE + 2, self._rows, n, dtype=self._dtype, device="cpu")
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._offset)
             for number, first in enumerate(range(0, m, self._rows)):
