@@ -399,7 +399,7 @@ def _check_integer(name: str, value: Any) -> None:
     if isinstance(value, int) and not isinstance(value, bool):
         return
     try:
-        if isinstance(value, bool):
+        if isinstance(value, (bool, Tensor)):  # the value of a tensor may be far away
             raise TypeError
         operator.index(value)
     except TypeError:
