@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import structmat as sm
-from structmat.linalg import matrix_free
+from structmat.linalg import matrix_free, out_of_core
 
 warnings.filterwarnings("ignore", message="Sparse")
 
@@ -127,6 +127,42 @@ def main():
         failure(lambda: ooc(lambda: iter([A]), 4 + last, group=group)),
         failure(lambda: sm.linalg.all_merge(sm.linalg.StreamingSVD(40, 4 + last), group)),
     ]
+
+    class Broken(Operator):
+        def matmat(self, X):
+            raise OSError("the disk is gone")
+
+    class BrokenTransposed(Operator):
+        def rmatmat(self, Y):
+            raise OSError("the disk is gone")
+
+    csr = A.to_sparse_csr()
+    col = csr.col_indices().clone()
+    col[-1] = 40 + 1000 * last
+    invalid = torch.sparse_csr_tensor(
+        csr.crow_indices(), col if last else csr.col_indices(), csr.values(), A.shape,
+        check_invariants=False,
+    )  # fmt: skip
+    found["errors of one"] = [
+        failure(lambda: svd(A, 0 if last else 4, group=group)),
+        failure(lambda: svd(A[0] if last else A, 4, group=group)),
+        failure(lambda: svd(sharded, 0 if last else 4)),
+        failure(lambda: svd(invalid, 4, group=group)),
+        failure(lambda: svd((Broken if last else Operator)(A), 4, group=group)),
+        failure(lambda: svd((BrokenTransposed if last else Operator)(A), 4, group=group)),
+        failure(lambda: ooc(lambda: iter([A]), 0 if last else 4, group=group)),
+    ]
+    # Ranks whose rounding would send them separate ways take that of the first.
+    basis = matrix_free._Basis
+    least = basis._least_rank
+    if last:
+        basis._least_rank = lambda self, rtol: (least(self, rtol) or 0) + 3
+        out_of_core._quotient = lambda *_, **__: None
+    apart = [
+        svd(mine(A), rtol=0.2, group=group),
+        ooc(lambda: iter([mine(A)]), 5, group=group),
+    ]
+    found["apart"] = [(*result[1:], result.info.sweeps) for result in apart]
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
     sys.stderr.flush()

@@ -172,6 +172,15 @@ def test_svd_json(matrix: Path, tmp_path: Path) -> None:
     assert facts["output"] == str(out)
 
 
+def test_svd_says_why_it_did_not_converge(matrix: Path, tmp_path: Path) -> None:
+    np.save(matrix, np.load(matrix).astype(np.float32))
+    out = tmp_path / "f.safetensors"
+    result = run("svd", matrix, "--rtol", 1e-9, "-o", out)
+    assert "Not converged: the tolerance is below the precision of float32." in result.stdout
+    result = run("svd", matrix, "--rtol", 1e-9, "--sweeps", 2, "-o", tmp_path / "g.safetensors")
+    assert "Not converged: allow more passes with --sweeps." in result.stdout
+
+
 def test_svd_is_the_same_for_a_seed(matrix: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
     for out in (first, second):

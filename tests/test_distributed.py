@@ -89,6 +89,16 @@ def test_ranks_agree(ranks, alone, tmp_path):
     for rank, part in enumerate(parts):
         for message, found in zip(says, part["errors"], strict=True):
             assert message in found, (rank, found)
+        for mine, first in zip(part["apart"], parts[0]["apart"], strict=True):
+            assert torch.equal(mine[0], first[0])
+            assert torch.equal(mine[1], first[1])
+            assert mine[2] == first[2]
+        for found in part["errors of one"]:
+            if rank < ranks - 1:
+                assert found.startswith("RuntimeError: "), (rank, found)
+                assert f"rank {ranks - 1} of the group failed" in found, (rank, found)
+            else:
+                assert found.startswith(("ValueError", "OSError")), (rank, found)
 
 
 def test_wrong_groups():

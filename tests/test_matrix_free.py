@@ -10,7 +10,7 @@ from reference import UNIT
 from test_svd import SPECTRA, matrix
 
 import structmat as sm
-from structmat.linalg import operands
+from structmat.linalg import matrix_free, operands
 from structmat.linalg.certificate import tail
 
 pytestmark = [
@@ -150,7 +150,8 @@ def test_operator(spectrum, dtype):
         A = matrix(m, n, spectrum, dtype)
         operator = Operator(A)
         result = svd(operator, 12, oversample=4, center=center)
-        assert result.info.sweeps == operator.calls == 5
+        assert result.info.sweeps == 5
+        assert operator.calls == 5 + center  # one column more for the norm of the mean
         verify(A, result, center, excess=0.1)
 
 
@@ -175,6 +176,26 @@ def test_tolerance(spectrum, dtype, rtol):
         assert least <= len(result.S) <= 1.1 * least + 1
 
 
+@pytest.mark.parametrize("make", [torch.clone, torch.Tensor.to_sparse_csr, Operator])
+@pytest.mark.parametrize("wide", [False, True])
+def test_tolerance_far_from_the_origin(make, wide):
+    """Means a hundred thousand times the rest: a dense tensor keeps the digits, others say so."""
+    g = torch.Generator().manual_seed(0)
+    m, n = (70, 100) if wide else (200, 60)
+    A = torch.randn(m, 5, generator=g) @ torch.randn(5, n, generator=g)
+    A = A + 0.01 * torch.randn(m, n, generator=g) + 1e5 * (1 + torch.rand(n, generator=g))
+    U, S, Vh = result = matrix_free.randomized_svd(make(A), None, 8e-3, None, None, True, 0, None)
+    exact = A.double() - A.double().mean(0)
+    error = float((exact - (U.double() * S) @ Vh.double()).norm() / exact.norm())
+    if make is torch.clone:
+        assert result.info.converged
+        assert error <= 8e-3
+        assert error / 1.25 <= result.info.error <= 1.25 * error
+    else:
+        assert not result.info.converged
+        assert result.info.error >= error / 1.25
+
+
 def test_tolerance_that_rounding_forbids():
     for spectrum in ("slow", "rank 5", "exponential"):
         for make in (Operator, torch.Tensor.to_sparse_csr):
@@ -183,6 +204,14 @@ def test_tolerance_that_rounding_forbids():
             assert result.info.error < 1e-5
     # the same numbers in float64 can meet it
     assert svd(Operator(matrix(90, 70, "rank 5")), rtol=1e-8).info.converged
+
+
+def test_tolerance_counts_the_rounding_of_what_is_left_out():
+    A = torch.zeros(20, 9)
+    A[0, 0], A[1, 1] = 1, 1.8e-6  # 15 eps, and products err by some eps
+    result = svd(Operator(A), rtol=2.2e-6)
+    assert len(result.S) == 2
+    assert result.info.converged
 
 
 def test_tolerance_within_bounded_passes():
@@ -316,6 +345,8 @@ def test_products_may_reuse_their_buffer():
         ({"rank": 10}, ValueError, "1 to 9"),
         ({"rank": 2.0}, TypeError, "float"),
         ({"rank": True}, TypeError, "bool"),
+        ({"rank": np.float64(2)}, TypeError, "float64"),
+        ({"rank": torch.tensor(2.0)}, TypeError, "Tensor"),
         ({"rtol": 0.0}, ValueError, "rtol is 0.0"),
         ({"rtol": 1.0}, ValueError, "rtol is 1.0"),
         ({"rtol": float("nan")}, ValueError, "rtol is nan"),
@@ -334,10 +365,20 @@ def test_wrong_arguments(options, error, says):
             svd(make(A), **options)
 
 
+def test_integers_of_numpy():
+    A = torch.randn(20, 9)
+    two = np.int64(2)
+    for make in (torch.clone, torch.Tensor.to_sparse_csr):
+        for options in ({}, {"center": True}):
+            got = svd(make(A), two, seed=two, oversample=two, sweeps=two, **options)
+            assert torch.equal(got.S, svd(make(A), 2, seed=2, oversample=2, sweeps=2, **options).S)
+    assert torch.equal(svd([A], two)[0].S, svd([A], 2)[0].S)
+
+
 def test_wrong_matrices():
     eye = torch.eye(4)
     for A, error, says in (
-        (np.eye(4), TypeError, "without matmat, rmatmat"),
+        (np.eye(4), TypeError, "without matmat, rmatmat.*torch.from_numpy"),
         (None, TypeError, "NoneType"),
         (eye.to_sparse(), TypeError, "to_sparse_csr"),
         (eye.to_sparse_csc(), TypeError, "sparse_csc"),

@@ -119,7 +119,12 @@ def svd(
         highlight=False,
     )
     if not facts["converged"]:
-        console.print("Not converged: allow more passes with --sweeps.", highlight=False)
+        reason = (
+            "allow more passes with --sweeps"
+            if sweeps is not None
+            else f"the tolerance is below the precision of {str(S.dtype).removeprefix('torch.')}"
+        )
+        console.print(f"Not converged: {reason}.", highlight=False)
     console.print(f"U, S, Vh written to {output}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .svd import _DTYPES
+from .svd import _DTYPES, _check_integer
 
 _OP = "randomized_svd"
 
@@ -32,8 +32,7 @@ def check(
     ):
         if value is None and name != "seed":
             continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{_OP}: {name} must be an integer, got {type(value).__name__}")
+        _check_integer(name, value)
     if rtol is not None and (not isinstance(rtol, Real) or isinstance(rtol, bool)):
         raise TypeError(f"{_OP}: rtol must be a number, got {type(rtol).__name__}")
     if not isinstance(center, bool):
@@ -86,6 +85,7 @@ def _check_products(A: Any) -> None:
         raise TypeError(
             f"{_OP}: A is a {type(A).__name__} without {', '.join(missing)}; wanted a dense "
             "tensor, a CSR tensor or an object with .shape .dtype .device .matmat(X) .rmatmat(Y)"
+            + ("; see torch.from_numpy" if hasattr(A, "__array__") or hasattr(A, "indptr") else "")
         )
     try:
         sizes = tuple(operator.index(size) for size in A.shape)

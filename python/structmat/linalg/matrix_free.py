@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import operands
 from .arguments import check
 from .certificate import PROBES, Tail, tail
 from .operands import Operand
+from .sides import gathered, together
 from .svd import SVDInfo, SVDResult
 
 _OP = "randomized_svd"
@@ -45,11 +45,17 @@ def randomized_svd(
     group: Any,
 ) -> SVDResult:
     """``sm.linalg.randomized_svd`` of anything but a dense tensor of one process."""
-    check(A, rank, rtol, oversample, sweeps, center, seed, group)
+
+    def look() -> None:
+        check(A, rank, rtol, oversample, sweeps, center, seed, group)
+        if isinstance(A, Tensor) and A.layout == torch.sparse_csr:
+            _check_csr(A)
+
+    together(_OP, A.device_mesh.get_group() if _on_mesh(A) else group, look)
     if hasattr(A, "device_mesh"):
         return _of_dtensor(A, rank, rtol, oversample, sweeps, center, seed)
     with torch.no_grad(), torch.autocast(torch.device(A.device).type, enabled=False):
-        operand = _operand(A, group)
+        operand = _operand(A, group, center)
         _require_same(operand, rank, rtol, oversample, sweeps, center, seed)
         shape = operand.shape
         if 0 in shape:
@@ -68,6 +74,11 @@ def randomized_svd(
             assert rtol is not None
             basis = _fixed_error(tall, rtol, oversample, sweeps, seed)
         return basis.result(operand, rank, rtol, swapped)
+
+
+def _on_mesh(A: Any) -> bool:
+    mesh = getattr(A, "device_mesh", None)
+    return mesh is not None and mesh.ndim == 1
 
 
 def _of_dtensor(
@@ -101,18 +112,21 @@ def _of_dtensor(
     return out
 
 
-def _operand(A: Any, group: Any) -> Operand:
+def _operand(A: Any, group: Any, center: bool) -> Operand:
     if not isinstance(A, Tensor):
         return operands.products(A, group)
     if A.layout == torch.strided:
-        return operands.dense(A, group)
+        return operands.dense(A, group, center)
+    return operands.csr(A.detach(), group)
+
+
+def _check_csr(A: Tensor) -> None:
     try:
         torch.sparse_csr_tensor(
             A.crow_indices(), A.col_indices(), A.values(), A.shape, check_invariants=True
         )
     except RuntimeError as error:
         raise ValueError(f"{_OP}: A is no valid CSR tensor: {error}") from error
-    return operands.csr(A.detach(), group)
 
 
 def _require_same(operand: Operand, *arguments: Any) -> None:
@@ -121,8 +135,7 @@ def _require_same(operand: Operand, *arguments: Any) -> None:
     if group is None:
         return
     facts = (operand.shape[1], str(operand.like.dtype), *arguments)
-    every: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(every, facts, group=group)
+    every = gathered(group, facts)
     for other, found in enumerate(every):
         if found != every[0]:
             names = ("columns", "dtype", "rank", "rtol", "oversample", "sweeps", "center", "seed")
@@ -146,6 +159,7 @@ class _Basis:
         self.probes: Tensor | None = None  # B G
         self.complete = False
         self.norm: float | None = None
+        self.removed: float | None = None  # norm of what centring takes away
 
     # ---- products ---------------------------------------------------------------------------
     def multiply(self, X: Tensor, *, probe: bool = False) -> Tensor:
@@ -187,34 +201,54 @@ class _Basis:
     # ---- what was found ---------------------------------------------------------------------
     def factor(self) -> None:
         self.X, R = self.operand.cols.qr(self.T)
-        self.P, self.S, Wh = torch.linalg.svd(R.double())
-        self.W = Wh.mT
+        P, self.S, Wh = torch.linalg.svd(R.double())
+        self.P, self.W = P.contiguous(), Wh.mT.contiguous()
+        rows, device = self.operand.rows, self.operand.like.device
+        rows.same(self.P, self.S, self.W)
         if self.norm is None:
             self.norm = self.operand.norm()
         unit = max(float(self.S[0]), self.norm or 0.0) or 1.0
         self.energies = (self.S / unit).square()  # of the triplets
         captured = float(self.energies.sum())
+        # Where a mean was taken from products, they err by eps of it too.
+        self.eps, self.floor = torch.finfo(self.operand.like.dtype).eps, 0.0
+        if self.removed is None:
+            self.removed = self.operand.mean_norm()
+        if self.removed > 0 and self.norm != 0:
+            size = (self.norm or 0.0) or unit * captured**0.5
+            ratio = math.hypot(size, self.removed) / size if size else math.inf
+            self.eps = min(self.eps * ratio, 0.1)
+            self.floor = 8 * self.eps
         probed = None
         if not self.complete:
             assert self.probes is not None
-            rows, H = self.operand.rows, self.probes / unit
+            H = self.probes / unit
             for _ in range(2):
                 H = H - self.Q @ rows.inner(self.Q, H)
             probed = rows.inner(H.double(), H.double())
         total = None if self.norm is None else (self.norm / unit) ** 2
-        self.tail = tail(captured, total, probed, torch.finfo(self.operand.like.dtype).eps)
+        missed, bound = tail(captured, total, probed, self.eps)
         # of ||A||_F^2, as certificate.tail has it
-        missed = self.tail.estimate
         self.total = total or captured / (1 - missed if missed < 1 else 1)
+        facts = [missed, bound, self.total, self.eps, self.floor]
+        missed, bound, self.total, self.eps, self.floor = rows.agreed(facts, device)
+        self.tail = Tail(missed, bound)
 
     def error(self, k: int, part: Tail | None = None, *, bound: bool = False) -> float:
         """Relative error, or a bound of it, of the first k triplets."""
         part = part or self.tail
         left = float(self.energies[k:].sum()) / self.total if self.total else 0.0
-        return math.sqrt(left + (part.bound if bound else part.estimate))
+        if bound:  # the singular values left out err by some eps of the first
+            return math.sqrt(left + part.bound) + 8 * self.eps
+        return max(math.sqrt(left + part.estimate), self.floor)
 
     def least_rank(self, rtol: float) -> int | None:
         """The smallest rank whose error is certainly at most rtol."""
+        found = self._least_rank(rtol) or 0
+        (agreed,) = self.operand.rows.agreed([found], self.operand.like.device)
+        return int(agreed) or None
+
+    def _least_rank(self, rtol: float) -> int | None:
         count = len(self.S)
         if self.error(count, bound=True) > rtol:
             return None
@@ -236,9 +270,8 @@ class _Basis:
             k = self.least_rank(rtol)
             converged = k is not None
             k = k or len(self.S)
-        W, P, S = self.W[:, :k].clone(), self.P[:, :k].clone(), self.S[:k].clone()
+        W, P, S = self.W[:, :k], self.P[:, :k], self.S[:k]
         dtype = operand.like.dtype
-        operand.rows.same(W, P, S)
         U, V = self.Q @ W.to(dtype), self.X @ P.to(dtype)
         if swapped:
             U, V = V, U
@@ -257,7 +290,7 @@ class _Basis:
 
 
 def info(error: float, norm: float, rank: int, sweeps: int, converged: bool) -> SVDInfo:
-    facts = torch.tensor([error, norm, rank, sweeps, 1.0], dtype=torch.float64)
+    facts = torch.tensor([error, norm, rank, sweeps, 1.0], dtype=torch.float64, device="cpu")
     return SVDInfo(facts, converged)
 
 
@@ -300,7 +333,6 @@ def _fixed_error(
 ) -> _Basis:
     basis = _Basis(operand, seed)
     rows, cols, like = operand.rows, operand.cols, operand.like
-    floor = (8 * torch.finfo(like.dtype).eps) ** 2
     number = 0
     while True:
         have = basis.Q.shape[1]
@@ -324,5 +356,7 @@ def _fixed_error(
         enough = basis.least_rank(rtol)
         if enough is not None and enough + (oversample or 0) <= basis.Q.shape[1]:
             return basis
-        if basis.tail.bound <= 4 * floor:  # what is left is rounding: no basis gets below it
+        if (
+            basis.tail.bound <= 4 * (8 * basis.eps) ** 2
+        ):  # what is left is rounding: no basis gets below it
             return basis

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sides import Side
+from .sides import Side, together
 
 _NONZEROS = 2**30  # of a CSR product: MKL and cuSPARSE count in 32 bits
 
@@ -31,6 +31,7 @@ class Operand:
         self.rows, self.cols, self.like = rows, cols, like  # like: dtype and device of the blocks
         self.matmat, self.rmatmat = matmat, rmatmat
         self._norm, self._centred = norm, False
+        self.mean_norm: Callable[[], float] = lambda: 0.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,10 +42,15 @@ class Operand:
 
     def centred(self) -> "Operand":
         """``C A`` with ``C = I - 1 1^T / m``, which subtracts the mean of the rows. Applied to the
-        blocks: A itself, sparse or not, stays as it is."""
+        blocks: A itself, sparse or not, stays as it is. ``mean_norm()`` is that of the part of A
+        that is taken away, ``||1 1^T A / m||_F``: products err by eps of it."""
 
         def centre(Y: Tensor) -> Tensor:
             return Y - self.rows.means(Y)
+
+        def mean_norm() -> float:
+            ones = self.like.new_full((self.rows.count, 1), self.rows.size**-0.5)
+            return norm_of([self.rmatmat(ones)], Side(0), self.like)
 
         out = Operand(
             self.rows,
@@ -54,12 +60,12 @@ class Operand:
             lambda Y: self.rmatmat(centre(Y)),
             self._norm,
         )
-        out._centred = True
+        out._centred, out.mean_norm = True, mean_norm
         return out
 
     def transposed(self) -> "Operand":
         out = Operand(self.cols, self.rows, self.like, self.rmatmat, self.matmat, self._norm)
-        out._centred = self._centred
+        out._centred, out.mean_norm = self._centred, self.mean_norm
         return out
 
 
@@ -94,37 +100,48 @@ def norm_of(parts: Iterable[Tensor], rows: Side, like: Tensor) -> float:
 def shards(A: Any, group: Any, device: torch.device) -> tuple[Side, Side]:
     """The sides of a matrix of which this rank holds the rows ``A``."""
     m, n = A.shape
-    return Side.of_shard(m, group, device), Side(n)
+    return Side.of_shard(m, group, device), Side(n, peers=group)
 
 
-def dense(A: Tensor, group: Any) -> Operand:
-    """Rows in memory, 16-bit ones converted a part at a time."""
+def dense(A: Tensor, group: Any, center: bool = False) -> Operand:
+    """Rows in memory, 16-bit ones converted a part at a time. To be centred, the mean leaves A a
+    part at a time too: taken from the products, it would leave them its own rounding."""
     rows, cols = shards(A, group, A.device)
     dtype = working_dtype(A.dtype)
     step = max(1, 2**24 // max(A.shape[1], 1))
 
+    def means() -> Tensor:
+        total = torch.zeros(A.shape[1], dtype=torch.float64, device=A.device)
+        for part in A.split(step // 8 + 1):
+            total += part.sum(0, dtype=torch.float64)
+        return rows.sum(total) / max(rows.size, 1)
+
+    shift = means().to(dtype) if center else None
+    whole = dtype == A.dtype and shift is None
+
+    def panel(part: Tensor) -> Tensor:
+        part = part.to(dtype)
+        return part if shift is None else part - shift
+
     def matmat(X: Tensor) -> Tensor:
-        if dtype == A.dtype:
+        if whole:
             return A @ X
-        parts = [part.to(dtype) @ X for part in A.split(step)]
+        parts = [panel(part) @ X for part in A.split(step)]
         return torch.cat(parts) if parts else X.new_zeros(0, X.shape[1])
 
     def rmatmat(Y: Tensor) -> Tensor:
-        if dtype == A.dtype:
+        if whole:
             return rows.sum(A.mT @ Y)
         out = Y.new_zeros(A.shape[1], Y.shape[1])
         for part, y in zip(A.split(step), Y.split(step), strict=True):
-            out += part.to(dtype).mT @ y
+            out += panel(part).mT @ y
         return rows.sum(out)
 
     def norm(centred: bool) -> float:
         parts = A.split(step // 8 + 1)
         if not centred:
             return norm_of(parts, rows, A)
-        total = torch.zeros(A.shape[1], dtype=torch.float64, device=A.device)
-        for part in parts:
-            total += part.sum(0, dtype=torch.float64)
-        mean = rows.sum(total) / rows.size
+        mean = means()
         return norm_of((part.double() - mean for part in parts), rows, A)
 
     return Operand(rows, cols, A.new_empty(0, dtype=dtype), matmat, rmatmat, norm)
@@ -205,7 +222,7 @@ def products(A: Any, group: Any) -> Operand:
     like = torch.empty(0, dtype=A.dtype, device=A.device)
 
     def checked(name: str, length: int) -> Callable[[Tensor], Tensor]:
-        def product(X: Tensor) -> Tensor:
+        def local(X: Tensor) -> Tensor:
             Y = getattr(A, name)(X)
             op = f"randomized_svd: A.{name}"
             if not isinstance(Y, Tensor):
@@ -224,7 +241,7 @@ def products(A: Any, group: Any) -> Operand:
             # what is kept must not change with the object's own buffers
             return Y.detach().clone()
 
-        return product
+        return lambda X: together("randomized_svd", group, lambda: local(X))
 
     rmatmat = checked("rmatmat", A.shape[1])
     return Operand(

@@ -25,7 +25,7 @@ from .matrix_free import _PROBE_NUMBER, _Basis, default_oversample
 from .operands import Operand, norm_of, working_dtype
 from .progress import Bar
 from .row_blocks import Blocks, Source, open_source, reading_ahead
-from .sides import Side
+from .sides import Side, gathered, together
 from .svd import SVDResult
 
 _OP = "svd_out_of_core"
@@ -54,9 +54,9 @@ def svd_out_of_core(
     Args:
         blocks: a path of a ``.npy`` file or of a ``.safetensors`` file with one tensor,
             ``"file.safetensors::name"`` where there are several; or a callable without arguments,
-            called once a sweep, that returns an iterator of blocks ``(rows, n)``: dense or CSR
-            tensors, NumPy arrays or SciPy CSR matrices, of any numbers of rows. A column-major
-            ``.npy`` file is read by columns.
+            called once a sweep and once before, for its first block, that returns an iterator of
+            blocks ``(rows, n)``: dense or CSR tensors, NumPy arrays or SciPy CSR matrices, of any
+            numbers of rows, which are copied. A column-major ``.npy`` file is read by columns.
         rank: ``k``, 1 to ``min(m, n)``.
         sweeps: readings, at least 1, with ``center`` at least 2. One more is made where the
             singular values span more than the root of the dtype's precision and the first sweep
@@ -88,7 +88,7 @@ def svd_out_of_core(
         RuntimeError: another rank of the group failed.
 
     Cost: ``4 m n l`` FLOPs a sweep, ``l = rank + oversample``, and ``O((m + n) l^2)``. Memory: up
-    to four blocks, ``2 m (l + 8)`` numbers for what becomes ``U``, and ``O(n l)``.
+    to four blocks, ``4 m (l + 8)`` numbers for what becomes ``U``, and ``O(n l)``.
 
     Source: Halko, Martinsson, Shkolnisky, Tygert, SIAM J. Sci. Comput. 33 (2011); Demmel, Grigori,
     Hoemmen, Langou, SIAM J. Sci. Comput. 34 (2012) (QR by blocks).
@@ -104,8 +104,10 @@ def svd_out_of_core(
         >>> torch.allclose(sm.linalg.svd_out_of_core(blocks, 6).S, S)
         True
     """
-    rank, sweeps, oversample, seed, block_rows = _checked(
-        rank, sweeps, oversample, center, seed, block_rows, dtype, group
+    rank, sweeps, oversample, seed, block_rows = together(
+        _OP,
+        group,
+        lambda: _checked(rank, sweeps, oversample, center, seed, block_rows, dtype, device, group),
     )
     extra = default_oversample(rank) if oversample is None else oversample
     with torch.no_grad():
@@ -123,6 +125,7 @@ def _checked(
     seed: Any,
     block_rows: Any,
     dtype: Any,
+    device: Any,
     group: Any,
 ) -> tuple[int, int, int | None, int, int | None]:
     found: list[Any] = []
@@ -157,6 +160,8 @@ def _checked(
         raise TypeError(f"{_OP}: dtype is {dtype}, wanted float32 or float64")
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{_OP}: group must be a ProcessGroup, got {type(group).__name__}")
+    if device is not None:
+        torch.device(device)
     return found[0], found[1], found[2], found[3], found[4]
 
 
@@ -181,6 +186,7 @@ class _Run:
         shown = progress and (group is None or dist.get_rank(group) == 0)
         self.bar = Bar("reading", shown)
         self.sweeps = 0
+        self._room: Tensor | None = None  # of a centred block
         self.count: int | None = None  # rows here, known after a sweep
 
     def open(self, arguments: Any) -> None:
@@ -201,14 +207,14 @@ class _Run:
             if first is None or not first.shape[1]:
                 raise ValueError(f"{_OP}: there are no rows")
 
-        self._together(look)
+        together(_OP, self.group, look)
         assert first is not None
         self.width = first.shape[1]
         self.dtype = self._dtype or working_dtype(first.dtype)
         device = first.device if self._device is None else torch.device(self._device)
         self.like = torch.empty(0, dtype=self.dtype, device=device)
         facts = (self.width, str(self.dtype), *arguments)
-        for other, found in enumerate(self._gathered(facts)):
+        for other, found in enumerate(gathered(self.group, facts)):
             if found != facts:
                 raise ValueError(
                     f"{_OP}: columns, dtype, rank, sweeps, oversample, center, seed and wanted "
@@ -227,14 +233,16 @@ class _Run:
         n = self.width
         if rank > n:
             raise ValueError(f"{_OP}: rank is {rank}, wanted 1 to {n}, the number of columns")
-        cols = Side(n)
+        cols = Side(n, peers=self.group)
         width = min(rank + extra, n)
         X = cols.orthonormalize(cols.sketch(width, self.seed, 0, self.like), None, self.seed)
         for _ in range(sweeps - 1):
             Y, Z, R, unit = self._sweep(X, cols, probe=False)
             rows = self._rows(rank)
             width = min(width, rows.size)  # the first columns of a sketch are one
-            T = _quotient(Z[:, :width], R[:, :width], unit, rank, last=False)
+            Z = Z[:, :width]
+            T = _quotient(Z, R[:width, :width], unit, rank, last=False)
+            T = self._agreed(T, Z, rows)
             if T is None:
                 Q, _ = rows.qr(Y[:, :width].contiguous())
                 T = self._transposed(Q, cols)
@@ -242,12 +250,14 @@ class _Run:
             del Y, Z  # as large as U
             T = T.to(self.dtype)
             X = cols.orthonormalize(T, None, self.seed)
-            X = X @ torch.linalg.svd((X.mT @ T).double())[0].to(self.dtype)
+            X = (X @ torch.linalg.svd((X.mT @ T).double())[0].to(self.dtype)).contiguous()
+            cols.same(X)
         Y, Z, _, unit = self._sweep(X, cols, probe=True)
         rows = self._rows(rank)
         width = min(width, rows.size)
         Q, R = rows.qr(Y[:, :width].contiguous())
-        T = _quotient(Z[:, :width], R, unit, rank, last=True)
+        Z = Z[:, :width]
+        T = self._agreed(_quotient(Z, R, unit, rank, last=True), Z, rows)
         if T is None:
             T = self._transposed(Q, cols)
         T = T.to(self.dtype)
@@ -327,7 +337,10 @@ class _Run:
 
         def take(block: Tensor, first: int) -> None:
             A = self._centred(block)
-            T.add_(_transposed_times(A, Q[first : first + len(block)], self._sparse_shift(A)))
+            part = _transposed_times(A, Q[first : first + len(block)], self._sparse_shift(A))
+            if not part.isfinite().all():
+                self._refuse(block)
+            T.add_(part)
 
         self._read(take)
         return Side(0, self.group, self._ranks()).sum(T)
@@ -360,7 +373,7 @@ class _Run:
 
         self.sweeps += 1
         self.bar.restart(f"sweep {self.sweeps}")
-        self._together(sweep)
+        together(_OP, self.group, sweep)
 
     def _centred(self, block: Tensor) -> Tensor:
         """The block in the type and place of the computation, a dense one less the mean."""
@@ -375,7 +388,10 @@ class _Run:
             )
         A = block.to(self.like)
         if self.shift is not None:
-            return A - self.shift
+            # In one place: the heap would keep holes between what is allocated in the meantime.
+            if self._room is None or len(self._room) < len(A):
+                self._room = torch.empty_like(A)
+            return torch.sub(A, self.shift, out=self._room[: len(A)])
         if self.center:  # what comes are columns
             return A - A.mean(1, keepdim=True, dtype=torch.float64).to(self.dtype)
         return A
@@ -398,7 +414,9 @@ class _Run:
         return norm_of([A], Side(0), self.like)
 
     def _norm(self, rows: Side) -> float:
-        return norm_of([torch.tensor(self._squares, dtype=torch.float64)], rows, self.like)
+        return norm_of(
+            [torch.tensor(self._squares, dtype=torch.float64, device="cpu")], rows, self.like
+        )
 
     def _refuse(self, block: Tensor) -> None:
         values = block.values() if block.layout == torch.sparse_csr else block
@@ -421,27 +439,15 @@ class _Run:
     def _ranks(self) -> list[int]:
         return [0] * (1 if self.group is None else dist.get_world_size(self.group))
 
-    def _gathered(self, value: Any) -> list[Any]:
-        if self.group is None:
-            return [value]
-        every: list[Any] = self._ranks()
-        dist.all_gather_object(every, value, group=self.group)
-        return every
-
-    def _together(self, work: Callable[[], None]) -> None:
-        """Raises everywhere if `work` did on one rank: the others would wait for it for ever."""
-        failure: BaseException | None = None
-        try:
-            work()
-        except BaseException as error:
-            failure = error
-        if self.group is not None:
-            every = self._gathered(None if failure is None else str(failure))
-            other = next((i for i, found in enumerate(every) if found is not None), None)
-            if failure is None and other is not None:
-                failure = RuntimeError(f"{_OP}: rank {other} of the group failed: {every[other]}")
-        if failure is not None:
-            raise failure
+    def _agreed(self, T: Tensor | None, Z: Tensor, rows: Side) -> Tensor | None:
+        """T or None as the first rank has it: rounding must not have them read again alone."""
+        (lost,) = rows.agreed([float(T is None)], Z.device)
+        if lost:
+            return None
+        T = torch.empty_like(Z, memory_format=torch.contiguous_format) if T is None else T
+        T = T.contiguous()
+        rows.same(T)
+        return T
 
 
 def _quotient(Z: Tensor, R: Tensor, unit: float, rank: int, last: bool) -> Tensor | None:
@@ -459,7 +465,8 @@ def _quotient(Z: Tensor, R: Tensor, unit: float, rank: int, last: bool) -> Tenso
     amplified = norms / torch.where(pivots > 0, pivots, 1)
     limit = 30 if last else 0.1 / eps**0.5
     lost = ~noise & (amplified > limit)
-    if lost[:rank].any():
+    # In the last sweep oversampled columns count too: T's factors mix all of them.
+    if (lost if last else lost[:rank]).any():
         return None
     drop = noise & ((amplified > 16) | (pivots == 0))
     R, Z = R.clone(), Z.clone()

@@ -68,11 +68,12 @@ class MatrixFile(Source):
             raise ValueError(f"{_OP}: {path} is of no known kind, wanted .npy or .safetensors")
         m, n = self.shape = self._shape
         self.bytes = m * n * self._dtype.itemsize
+        if 0 in (m, n):
+            raise ValueError(f"{_OP}: {path} is empty, shape {(m, n)}")
         row = n * self._dtype.itemsize
         if os.path.getsize(path) < self._offset + self.bytes:
             raise ValueError(f"{_OP}: {path} ends before its matrix of shape {(m, n)} does")
-        self._rows = block_rows or max(1, _BLOCK_BYTES // max(row, 1))
-        self._rows = min(self._rows, max(m, 1))
+        self._rows = min(block_rows or max(1, _BLOCK_BYTES // row), m)
 
     def _open_npy(self) -> None:
         try:
@@ -128,7 +129,7 @@ class MatrixFile(Source):
         m, n = self._shape
         size = self._dtype.itemsize
         # The queue, one being computed with and one being read.
-        ring = [torch.empty(self._rows, n, dtype=self._dtype) for _ in range(_QUEUE + 2)]
+        ring = torch.empty(_QUEUE + 2, self._rows, n, dtype=self._dtype, device="cpu")
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._offset)
             for number, first in enumerate(range(0, m, self._rows)):
@@ -164,12 +165,14 @@ def open_source(blocks: Any, block_rows: int | None) -> Source:
 
 
 def _tensor(block: Any) -> Tensor:
-    """A dense or CSR tensor of a block of either, torch's, NumPy's or SciPy's."""
+    """A dense or CSR tensor of a block of either, torch's, NumPy's or SciPy's: a copy, because the
+    reader is blocks ahead and whoever gives them may fill one buffer again and again."""
     if isinstance(block, np.ndarray):
         if block.dtype.kind not in "fiu" or not block.dtype.isnative:
             raise TypeError(f"{_OP}: a block is an array of {block.dtype}, wanted native floats")
-        block = torch.from_numpy(np.ascontiguousarray(block))
+        block = torch.from_numpy(np.array(block, order="C"))
     elif getattr(block, "format", None) == "csr" and hasattr(block, "indptr"):
+        block = block.copy()
         block.sum_duplicates()  # and sorts
         block = torch.sparse_csr_tensor(
             torch.from_numpy(block.indptr),
@@ -178,7 +181,9 @@ def _tensor(block: Any) -> Tensor:
             block.shape,
             check_invariants=True,
         )
-    if not isinstance(block, Tensor):
+    elif isinstance(block, Tensor):
+        block = block.detach().clone()
+    else:
         raise TypeError(
             f"{_OP}: a block is {type(block).__name__}, wanted a dense or CSR tensor or array"
         )
@@ -190,7 +195,7 @@ def _tensor(block: Any) -> Tensor:
         )
     if block.dim() != 2:
         raise ValueError(f"{_OP}: a block has shape {tuple(block.shape)}, wanted (rows, n)")
-    return block.detach()
+    return block
 
 
 @contextmanager
@@ -223,7 +228,10 @@ def reading_ahead(source: Source) -> Iterator[Iterator[Tensor]]:
         while True:
             block, error = waiting.get()
             if error is not None:
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # whose traceback holds this frame
             if block is None:
                 return
             yield block

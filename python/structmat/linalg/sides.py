@@ -7,7 +7,8 @@ Hoemmen, Langou, SIAM J. Sci. Comput. 34 (2012): each rank factors its rows, and
 stack of triangles, so that every rank has the same bits of R.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,16 +16,57 @@ from torch import Tensor
 
 from .random import gaussian
 
+_T = TypeVar("_T")
 _QR_ROWS = 8192  # of a QR; longer ones do not stay in the cache
 _CHUNK = 4096  # rows of a random matrix that share a stream
 _SKETCH, _FRESH = 0, 1 << 31  # first streams of sketches and of replacements for dependent columns
 
 
-class Side:
-    """``size`` indices, of which ``count`` from ``first`` on lie here."""
+def gathered(group: Any, value: Any) -> list[Any]:
+    """A picklable value of each rank."""
+    if group is None:
+        return [value]
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, value, group=group)
+    return every
 
-    def __init__(self, size: int, group: Any = None, counts: list[int] | None = None) -> None:
+
+def together(op: str, group: Any, work: Callable[[], _T]) -> _T:
+    """``work()``. Raises everywhere if it did on one rank: the others would wait for it for ever.
+    To be called by all ranks; `work` itself must not talk to them."""
+    failure: BaseException | None = None
+    found: Any = None
+    try:
+        found = work()
+    except BaseException as error:
+        failure = error
+    if isinstance(group, dist.ProcessGroup):  # what else it may be, `work` has refused
+        every = gathered(group, None if failure is None else str(failure) or repr(failure))
+        other = next((i for i, text in enumerate(every) if text is not None), None)
+        if failure is None and other is not None:
+            failure = RuntimeError(f"{op}: rank {other} of the group failed: {every[other]}")
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure, found  # the traceback holds this frame, and so what the work had
+    result: _T = found
+    return result
+
+
+class Side:
+    """``size`` indices, of which ``count`` from ``first`` on lie here. ``peers`` is the group whose
+    ranks each have all of them and do the same with them."""
+
+    def __init__(
+        self,
+        size: int,
+        group: Any = None,
+        counts: list[int] | None = None,
+        peers: Any = None,
+    ) -> None:
         self.size, self.group = size, group
+        self._everyone = peers if group is None else group
         self.counts = [size] if counts is None else counts  # of the ranks
         rank = 0 if group is None else dist.get_rank(group)
         self.first, self.count = sum(self.counts[:rank]), self.counts[rank]
@@ -62,9 +104,18 @@ class Side:
 
     def same(self, *tensors: Tensor) -> None:
         """Overwrites tensors with those of the first rank: ranks of other make may round apart."""
-        if self.group is not None:
+        if self._everyone is not None:
             for x in tensors:
-                dist.broadcast(x, group_src=0, group=self.group)
+                dist.broadcast(x, group_src=0, group=self._everyone)
+
+    def agreed(self, numbers: Sequence[float], device: torch.device) -> list[float]:
+        """Numbers as the first rank has them: what ranks branch on must not differ by rounding."""
+        if self._everyone is None:
+            return list(numbers)
+        x = torch.tensor(numbers, dtype=torch.float64, device=device)
+        self.same(x)
+        found: list[float] = x.tolist()
+        return found
 
     def gaussian(self, cols: int, seed: int, stream: int, like: Tensor) -> Tensor:
         """Rows ``first ..`` of a random matrix ``(size, cols)``, however it is sharded. Rows of
@@ -149,11 +200,18 @@ class Side:
         if before is None or before.shape[1] == 0:
             Q, R = self.qr(Y)
             found = R.diagonal().abs()
-            return Q, found <= tolerance, found < 0  # none
+            return Q, *self._masks(found <= tolerance, found < 0)  # none
         # Twice: what the first projection leaves of a small remainder is not orthogonal.
         Q, first = self.qr(Y - before @ self.inner(before, Y))
         Q, second = self.qr(Q - before @ self.inner(before, Q))
-        return Q, first.diagonal().abs() <= tolerance, second.diagonal().abs() < 0.5
+        dependent, weak = first.diagonal().abs() <= tolerance, second.diagonal().abs() < 0.5
+        return Q, *self._masks(dependent, weak)
+
+    def _masks(self, dependent: Tensor, weak: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the first rank, so that all replace the same columns."""
+        both = torch.stack([dependent, weak]).to(torch.uint8)
+        self.same(both)
+        return both[0].bool(), both[1].bool()
 
     def _scaled(self, Y: Tensor) -> Tensor:
         """Columns of norm 1; zeros stay. Squares neither overflow nor vanish."""

@@ -2,6 +2,7 @@
 """Truncated singular value decomposition."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -131,7 +132,7 @@ class SVDResult(_Factors):
                 f"{tuple(Vh.shape)}; wanted the one matrix they came from"
             )
         with torch.no_grad(), torch.autocast(U.device.type, enabled=False):
-            operand = _operand(A, None)
+            operand = _operand(A, None, center)
             if center:
                 operand = operand.centred()
             right = operand.matmat(Vh.mT.contiguous()) - U * S
@@ -395,8 +396,14 @@ def _check_options(oversample: Any, sweeps: Any, seed: Any) -> None:
 
 
 def _check_integer(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{_OP}: {name} must be an integer, got {type(value).__name__}")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return
+    try:
+        if isinstance(value, (bool, Tensor)):  # the value of a tensor may be far away
+            raise TypeError
+        operator.index(value)
+    except TypeError:
+        raise TypeError(f"{_OP}: {name} must be an integer, got {type(value).__name__}") from None
 
 
 @torch.library.register_fake("structmat::randomized_svd")
