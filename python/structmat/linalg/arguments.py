@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .svd import _DTYPES, _check_integer
+from .svd import _DTYPES, check_integer, check_options
 
 _OP = "randomized_svd"
 
@@ -24,15 +24,9 @@ def check(
     seed: int,
     group: Any,
 ) -> None:
-    for name, value in (
-        ("rank", rank),
-        ("oversample", oversample),
-        ("sweeps", sweeps),
-        ("seed", seed),
-    ):
-        if value is None and name != "seed":
-            continue
-        _check_integer(name, value)
+    if rank is not None:
+        check_integer("rank", rank)
+    check_options(oversample, sweeps, seed)
     if rtol is not None and (not isinstance(rtol, Real) or isinstance(rtol, bool)):
         raise TypeError(f"{_OP}: rtol must be a number, got {type(rtol).__name__}")
     if not isinstance(center, bool):
@@ -44,15 +38,6 @@ def check(
         raise ValueError(f"{_OP}: rank is {rank}, wanted at least 1")
     if rtol is not None and not 0 < rtol < 1:
         raise ValueError(f"{_OP}: rtol is {rtol}, wanted more than 0 and less than 1")
-    if oversample is not None and oversample < 0:
-        raise ValueError(f"{_OP}: oversample is {oversample}, wanted at least 0")
-    if sweeps is not None and sweeps < 2:
-        raise ValueError(
-            f"{_OP}: sweeps is {sweeps}, wanted at least 2 (one pass finds a range, one more the "
-            "factors)"
-        )
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"{_OP}: seed is {seed}, wanted 0 to 2^63 - 1")
     if isinstance(A, Tensor):
         _check_tensor(A, group)
     else:

@@ -249,7 +249,7 @@ def randomized_svd(
     of_core = rtol is None and center is False and group is None
     if not isinstance(A, Tensor) and isinstance(A, Sequence):
         if of_core and all(map(_is_dense, A)):
-            _check_options(oversample, sweeps, seed)
+            check_options(oversample, sweeps, seed)
             return _of_list(list(A), rank, oversample, sweeps, seed)
         more: dict[str, Any] = {"rtol": rtol, "center": center, "group": group, "seed": seed}
         more |= {"oversample": oversample, "sweeps": sweeps}
@@ -262,7 +262,7 @@ def randomized_svd(
 
         number: Any = rank  # matrix_free refuses a sequence
         return matrix_free_svd(A, number, rtol, oversample, sweeps, center, seed, group)
-    _check_options(oversample, sweeps, seed)
+    check_options(oversample, sweeps, seed)
     _check(A, rank)
     U, S, Vh, facts = torch.ops.structmat.randomized_svd.default(A, rank, oversample, sweeps, seed)
     _require_finite(A, facts)
@@ -372,7 +372,7 @@ def _check(A: Any, rank: Any, name: str = "A", rank_name: str = "rank") -> None:
         raise ValueError(f"{_OP}: {name} is empty, shape {tuple(A.shape)}")
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError(f"{_OP}: there is no rule for torch.func transforms and forward mode")
-    _check_integer(rank_name, rank)
+    check_integer(rank_name, rank)
     if not 1 <= rank <= min(A.shape[-2:]):
         raise ValueError(
             f"{_OP}: {rank_name} is {rank}, wanted 1 to {min(A.shape[-2:])} for {name} of shape "
@@ -380,10 +380,10 @@ def _check(A: Any, rank: Any, name: str = "A", rank_name: str = "rank") -> None:
         )
 
 
-def _check_options(oversample: Any, sweeps: Any, seed: Any) -> None:
+def check_options(oversample: Any, sweeps: Any, seed: Any) -> None:
     for name, value in (("seed", seed), ("oversample", oversample), ("sweeps", sweeps)):
         if value is not None or name == "seed":
-            _check_integer(name, value)
+            check_integer(name, value)
     if oversample is not None and oversample < 0:
         raise ValueError(f"{_OP}: oversample is {oversample}, wanted at least 0")
     if sweeps is not None and sweeps < 2:
@@ -395,7 +395,7 @@ def _check_options(oversample: Any, sweeps: Any, seed: Any) -> None:
         raise ValueError(f"{_OP}: seed is {seed}, wanted 0 to 2^63 - 1")
 
 
-def _check_integer(name: str, value: Any) -> None:
+def check_integer(name: str, value: Any) -> None:
     if isinstance(value, int) and not isinstance(value, bool):
         return
     try:
