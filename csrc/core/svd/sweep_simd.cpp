@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // S is cut into tiles that stay in L1, each copied once as panels of kPanel columns; the panels
 // serve S X (rows of S against rows of X) and S^T Y (columns of S against rows of Y) alike. The
-// copy converts, subtracts the shift and measures, and undoes what costs in place: rows 2^k bytes
+// copy converts and measures, and undoes what costs in place: rows 2^k bytes
 // apart share a set of the caches. While a tile is multiplied the next one is fetched into L2.
 // OpenBLAS spends 1.2 (16 columns) to 0.3 (64) times the time of its kernel on copying the same
 // matrix.
@@ -175,7 +175,7 @@ void measure(const S* data, std::int64_t count, Norm& norm) {
 template <class S>
 class Tiles {
  public:
-  explicit Tiles(const Sweep& sweep) : a_(sweep), s_(sweep.s) {}
+  explicit Tiles(const Sweep& sweep) : s_(sweep.s) {}
 
   // The tile at (r0, c0) as panels of `height` rows; columns beyond it are left as they are.
   void pack(std::int64_t r0, std::int64_t c0, std::int64_t rows, std::int64_t cols,
@@ -188,7 +188,7 @@ class Tiles {
           for (std::int64_t c = 0; c < cols; c += kPanel) {
             const std::int64_t live = std::min(kPanel, cols - c);
             S* const out = to + c * height + i * kPanel;
-            line(in + c * s_.col_stride, live, out, r0 + i, c0 + c);
+            line(in + c * s_.col_stride, live, out);
             if (norm != nullptr) measure(out, live, *norm);
           }
       }
@@ -205,25 +205,16 @@ class Tiles {
 
  private:
   template <class E>
-  void line(const E* in, std::int64_t count, S* out, std::int64_t row, std::int64_t col) const {
-    const bool shifted = a_.row_shift != nullptr || a_.col_shift != nullptr;
-    if (s_.col_stride == 1 && !shifted) {
-      if (count == kPanel)
-        convert(in, out, kPanel);
-      else
-        convert(in, out, count);
-      return;
-    }
-    const double shift = a_.row_shift != nullptr ? a_.row_shift[row] : 0.0;
-    for (std::int64_t c = 0; c < count; ++c) {
-      const auto value = to_float(in[c * s_.col_stride]);
-      out[c] = shifted ? static_cast<S>(value - shift -
-                                        (a_.col_shift != nullptr ? a_.col_shift[col + c] : 0.0))
-                       : static_cast<S>(value);
-    }
+  void line(const E* in, std::int64_t count, S* out) const {
+    if (s_.col_stride != 1)
+      for (std::int64_t c = 0; c < count; ++c)
+        out[c] = static_cast<S>(to_float(in[c * s_.col_stride]));
+    else if (count == kPanel)  // a constant length
+      convert(in, out, kPanel);
+    else
+      convert(in, out, count);
   }
 
-  const Sweep& a_;
   const StridedMatrixView& s_;
 };
 

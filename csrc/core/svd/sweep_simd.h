@@ -8,11 +8,8 @@
 
 namespace structmat {
 
-// S - row_shift 1^T - 1 col_shift^T, subtracted in double before the product: null is no shift.
 struct Sweep {
   StridedMatrixView s;
-  const double* row_shift = nullptr;
-  const double* col_shift = nullptr;
   Norm* norm = nullptr;  // where wanted, grows by the norm of what was read
 };
 
