@@ -25,10 +25,6 @@ void BLAS(dgemm)(const char*, const char*, const int*, const int*, const int*, c
                  const int*);
 void BLAS(dsyrk)(const char*, const char*, const int*, const int*, const double*, const double*,
                  const int*, const double*, double*, const int*);
-void BLAS(strmm)(const char*, const char*, const char*, const char*, const int*, const int*,
-                 const float*, const float*, const int*, float*, const int*);
-void BLAS(dtrmm)(const char*, const char*, const char*, const char*, const int*, const int*,
-                 const double*, const double*, const int*, double*, const int*);
 void BLAS(dpotrf)(const char*, const int*, double*, const int*, int*);
 void BLAS(dtrtri)(const char*, const char*, const int*, double*, const int*, int*);
 void BLAS(dsyevd)(const char*, const char*, const int*, double*, const int*, double*, double*,
@@ -62,14 +58,6 @@ void gemm(char transa, char transb, int m, int n, int k, double alpha, const dou
 
 void syrk(int n, int k, double alpha, const double* a, int lda, double beta, double* c, int ldc) {
   BLAS(dsyrk)("U", "N", &n, &k, &alpha, a, &lda, &beta, c, &ldc);
-}
-void trmm(int m, int n, const float* a, int lda, float* b, int ldb) {
-  const float one = 1;
-  BLAS(strmm)("L", "U", "T", "N", &m, &n, &one, a, &lda, b, &ldb);
-}
-void trmm(int m, int n, const double* a, int lda, double* b, int ldb) {
-  const double one = 1;
-  BLAS(dtrmm)("L", "U", "T", "N", &m, &n, &one, a, &lda, b, &ldb);
 }
 int potrf(int n, double* a, int lda) {
   int info = 0;

@@ -16,9 +16,6 @@ void gemm(char transa, char transb, int m, int n, int k, double alpha, const dou
 
 // The upper triangle of C = alpha A A^T + beta C, A (n, k).
 void syrk(int n, int k, double alpha, const double* a, int lda, double beta, double* c, int ldc);
-// B <- A^T B, A (m, m) upper triangular, B (m, n).
-void trmm(int m, int n, const float* a, int lda, float* b, int ldb);
-void trmm(int m, int n, const double* a, int lda, double* b, int ldb);
 // The upper factor R of A = R^T R in place; the order of the first minor that is not positive, or
 // 0.
 int potrf(int n, double* a, int lda);
