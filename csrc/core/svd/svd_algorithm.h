@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The randomized SVD of B (tall x small), once for all back ends:
-//   X_1 = sketch, after sweeps - 2 blocks steps of subspace iteration by B and B^T;
+//   X_1 random, after sweeps - 2 blocks steps of subspace iteration by B and B^T;
 //   Q_j = orth(B X_j),  T_j = B^T Q_j,  X_{j+1} = T_j less its part in X_j;
 //   the last B X_j comes with B G for random G, which tells ||(I - Q Q^T) B||;
 //   T = [T_1 ..] = X R with X = orth(T),  R = P S W^T,  B ~ (Q W) S (X P)^T.
@@ -34,24 +34,26 @@ class SvdAlgorithm {
       if (j > 0) {
         e.copy(t.columns((j - 1) * b, own), xj);
         // Its part in earlier blocks is rounding, and Q has what B makes of it (Simon and Zha, SIAM
-        // J. Sci. Comput. 21 (2000)). X_1 may be Gaussian still, which is no basis to project on.
+        // J. Sci. Comput. 21 (2000)). A random X_1 is no basis to project on, nor in its panel.
         orthonormalize(xj, j > 1 || begun ? x.columns((j - 1) * b, b) : Panel<T>{}, 1);
       }
       // The last product takes along random columns that have no part in the basis.
       if (width > own) e.sketch(x.columns(j * b + own, plan.probes), kProbeStream);
       if (plan.complete)
         e.load(qj);
+      else if (j == 0 && !begun && !last)
+        e.multiply_random(xj, qj);
       else
         e.multiply(x.columns(j * b, width), q.columns(j * b, width));
       orthonormalize(qj, q.columns(0, j * b), kOrthPasses);
       e.multiply_transposed(qj, t.columns(j * b, own));
     }
-    if (plan.probes > 0) e.measure_outside(q.columns(plan.basis(), plan.probes), q);
     e.copy(t, x);
     orthonormalize(x, {}, kOrthPasses);
     e.small_svd(x, t);  // R = X^T T = P S W^T
     // Jacobi's iteration divides by singular values, which leaves out the vectors of zeros.
     for (const Panel<T>& y : e.rough_vectors()) orthonormalize(y, {}, kOrthPasses);
+    if (plan.probes > 0) e.measure_outside(q.columns(plan.basis(), plan.probes), q);
     e.factors(q, x);  // U, S, Vh and info
   }
 
@@ -60,16 +62,25 @@ class SvdAlgorithm {
   bool start(Panel<T> q, Panel<T> x) {
     if (plan.complete) return false;
     std::int64_t steps = plan.sweeps - 2 * plan.blocks;
-    const bool begun = steps > 0, from_left = steps % 2 != 0;
-    e.sketch(from_left ? q : x, 0);
-    for (bool left = from_left; steps > 0; --steps, left = !left) {
+    if (steps == 0) {
+      if (plan.blocks == 1) e.sketch(x, 0);  // its only product is that with the probes
+      return false;
+    }
+    bool left = steps % 2 != 0;
+    if (left)
+      e.multiply_random_transposed(q, x);
+    else
+      e.multiply_random(x, q);
+    orthonormalize(left ? x : q, {}, 1);
+    while (--steps > 0) {
+      left = !left;
       if (left)
         e.multiply_transposed(q, x);
       else
         e.multiply(x, q);
       orthonormalize(left ? x : q, {}, 1);
     }
-    return begun;
+    return true;
   }
 
   void orthonormalize(Panel<T> y, Panel<T> before, int passes) {

@@ -43,19 +43,21 @@ inline std::int64_t default_oversample(std::int64_t rank) {
 inline void narrow(SvdPlan& plan) {
   const std::int64_t block = (3 * plan.rank + 127) / 128 * 16;
   if (block < 32) return;
-  // Bases, in 1/64 of the rank, that keep the excess below torch's at singular values i^-1/4, i^-1/2
-  // and 1/i, ranks 50 to 256, sizes 384 to 4096. Odd: one more product with A goes first.
-  constexpr struct {
+  // Least bases, in 1/64 of the rank, that keep the excess below torch's at singular values i^-1/4,
+  // i^-1/2 and 1/i, ranks 50 to 256, sizes 384 to 4096; smaller ones do for small matrices. An odd number of sweeps begins with the
+  // cheap product of a sparse random matrix, in an even one the first of the others is that.
+  const struct {
     std::int64_t sweeps, basis;
-  } plans[] = {{8, 144}, {9, 120}, {10, 116}, {11, 104}};
+  } plans[] = {{8, plan.small > 12 * plan.rank ? 144 : 128}, {9, 124}, {10, 118}, {11, 104}};
   for (const auto& [sweeps, least] : plans) {
-    const std::int64_t blocks = sweeps / 2, basis = block * blocks - plan.probes;
-    if (64 * basis < least * plan.rank || basis >= plan.small) continue;
-    plan.block = block;
+    const std::int64_t blocks = sweeps / 2;
+    if (64 * block * blocks < least * plan.rank || block * blocks >= plan.small) continue;
+    plan.block = plan.last = block;
     plan.blocks = blocks;
     plan.sweeps = sweeps;
-    plan.last = block - plan.probes;  // the last product's columns fill the vectors of a block
     plan.narrow = true;
+    // Probes and the last block fill the vectors of a block where its columns can be spared.
+    if (64 * (block * blocks - plan.probes) >= least * plan.rank) plan.last -= plan.probes;
     return;
   }
 }
