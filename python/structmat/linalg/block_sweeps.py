@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with a matrix that is read in blocks of rows, each reading giving two: ``Y = A X`` and
+``Z = A^T Y``.
+
+Blocks are multiplied by torch: on two cores, 4194 x 1000 times 48 columns, at 130 GFLOP/s of the
+158 of a large product, where the kernels of csrc/core/svd/sweep_simd.h, which copy what they
+multiply, make 145, and 98 by panels of 256 rows that the second product would find in level 2.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .certificate import PROBES
+from .matrix_free import _PROBE_NUMBER
+from .operands import norm_of, working_dtype
+from .progress import Bar
+from .row_blocks import Source, open_source, reading_ahead
+from .sides import Side, gathered, together
+
+_OP = "svd_out_of_core"
+
+
+class Swept(NamedTuple):
+    Y: Tensor  # with the probes beside it, where they were asked for
+    Z: Tensor  # float64, in units of `unit`: squares of Y stay in range
+    unit: float
+    R: Tensor  # of Y = Q R, without probes only
+
+
+class BlockSweeps:
+    """The readings of one source, on every rank of a group of its own rows."""
+
+    def __init__(
+        self,
+        blocks: Any,
+        block_rows: int | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        group: Any,
+        center: bool,
+        progress: bool,
+    ) -> None:
+        self.source: Source
+        self._blocks, self._block_rows = blocks, block_rows
+        self._dtype, self._device = dtype, device
+        self.group, self.center = group, center
+        shown = progress and (group is None or dist.get_rank(group) == 0)
+        self.bar = Bar("reading", shown)
+        self.count = 0  # sweeps so far
+        self.rows: Side  # known after a sweep
+        self._length: int | None = None  # rows here
+        self._room: Tensor | None = None  # of a block converted or centred
+        self._squares: list[float] = []
+
+    def open(self, arguments: Any) -> None:
+        """Looks at the first block. Ranks tell each other what they found, so that an error of one
+        is an error of all."""
+        first: Tensor | None = None
+
+        def look() -> None:
+            nonlocal first
+            self.source = open_source(self._blocks, self._block_rows)
+            if self.group is not None and self.source.transposed:
+                raise ValueError(
+                    f"{_OP}: {self._blocks} is column-major, wanted row-major rows of this rank"
+                )
+            for first in self.source.blocks():
+                if len(first):
+                    break
+            if first is None or not first.shape[1]:
+                raise ValueError(f"{_OP}: there are no rows")
+
+        together(_OP, self.group, look)
+        assert first is not None
+        self.width, self._place = first.shape[1], first.device
+        dtype = self._dtype or working_dtype(first.dtype)
+        device = first.device if self._device is None else torch.device(self._device)
+        self.like = torch.empty(0, dtype=dtype, device=device)
+        self.cols = Side(self.width, peers=self.group)
+        facts = (self.width, str(dtype), *arguments)
+        for other, found in enumerate(gathered(self.group, facts)):
+            if found != facts:
+                raise ValueError(
+                    f"{_OP}: columns, dtype, rank, sweeps, oversample, center, seed and wanted "
+                    f"dtype are {facts} here and {found} on rank {other} of the group"
+                )
+        # The mean of a few rows, until that of all is known: products do not cancel that much.
+        self.shift: Tensor | None = None
+        if self.center and not self.source.transposed:
+            start = first.to_dense() if first.layout == torch.sparse_csr else first
+            total = start.to(device).sum(0, dtype=torch.float64)
+            self.shift = (total / max(len(start), 1)).to(dtype)
+            self.cols.same(self.shift)
+        self.bar.total = self.source.bytes
+
+    # ---- products ---------------------------------------------------------------------------
+    def sweep(self, X: Tensor, probe_seed: int | None = None) -> Swept:
+        """One reading. With a seed Y has the products of the probes too, and the norm of A comes
+        along."""
+        width, probe = X.shape[1], probe_seed is not None
+        wide = X
+        if probe_seed is not None:
+            G = self.cols.sketch(PROBES, probe_seed, _PROBE_NUMBER, self.like)
+            wide = torch.cat([X, G], 1)
+        R = X.new_zeros(0, width)
+        Z = torch.zeros(self.width, width, dtype=torch.float64, device=X.device)
+        unit = 0.0
+        total = torch.zeros_like(Z[:, 0]) if self.center and self._length is None else None
+        self._squares = []
+        kept: list[Tensor] = []
+        Y = torch.empty(0)
+
+        def start() -> None:
+            nonlocal Y
+            length = self._length
+            if length is None and self.source.shape is not None:
+                length = self.source.shape[0]
+            if length is not None:
+                Y = X.new_empty(length, wide.shape[1])
+                kept.append(Y)
+
+        def take(block: Tensor, first: int) -> None:
+            nonlocal R, unit
+            A = self._converted(block)
+            shift = self._sparse_shift(A)
+            if kept and kept[0] is Y:
+                y = Y[first : first + len(block)]
+                if shift is None and A.layout == torch.strided:
+                    torch.mm(A, wide, out=y)
+                else:
+                    y.copy_(_times(A, wide, shift))
+            else:
+                y = _times(A, wide, shift)
+                kept.append(y)
+            y = y[:, :width]
+            largest = _largest(y)
+            if not largest < math.inf:
+                self._refuse(block)
+            if largest > 0:
+                scale = 2.0 ** math.floor(math.log2(largest))
+                if scale > unit:
+                    Z.mul_(unit / scale)
+                    unit = scale
+                part = _transposed_times(A, y / scale, shift)
+                if not _largest(part) < math.inf:
+                    self._refuse(block)
+                Z.add_(part, alpha=scale / unit)
+                if not probe:
+                    R = torch.linalg.qr(torch.cat([R, y]), mode="r").R
+            if total is not None:
+                total.add_(_column_sums(block.to(Z.device)))
+            if probe:
+                self._squares.append(self._block_norm(A))
+
+        def finish() -> None:
+            nonlocal Y
+            if kept and kept[0] is not Y:
+                Y = torch.cat(kept)
+
+        self._read(take, start, finish)
+        rows = self.rows
+        if total is not None and self.shift is not None:
+            self.shift = (rows.sum(total) / max(rows.size, 1)).to(self.like.dtype)
+        R = torch.nn.functional.pad(R, (0, 0, 0, width - len(R)))
+        if self.group is not None:
+            units = torch.tensor([unit], dtype=torch.float64, device=Z.device)
+            rows.max(units)
+            Z.mul_(unit / float(units) if float(units) else 1.0)
+            unit = float(units)
+            R = torch.linalg.qr(torch.cat(rows.gather(R)), mode="r").R
+        rows.sum(Z)
+        return Swept(Y, Z, unit, R)
+
+    def transposed(self, Q: Tensor) -> Tensor:
+        """``A^T Q``, float64, in one reading."""
+        T = torch.zeros(self.width, Q.shape[1], dtype=torch.float64, device=Q.device)
+
+        def take(block: Tensor, first: int) -> None:
+            A = self._converted(block)
+            part = _transposed_times(A, Q[first : first + len(block)], self._sparse_shift(A))
+            if not _largest(part) < math.inf:
+                self._refuse(block)
+            T.add_(part)
+
+        self._read(take)
+        return self.rows.sum(T)
+
+    def norm(self) -> float:
+        """``||A||_F``, of the last sweep."""
+        squares = torch.tensor(self._squares, dtype=torch.float64, device="cpu")
+        return norm_of([squares], self.rows, self.like)
+
+    # ---- reading ----------------------------------------------------------------------------
+    def _read(
+        self,
+        take: Callable[[Tensor, int], None],
+        start: Callable[[], None] | None = None,
+        finish: Callable[[], None] | None = None,
+    ) -> None:
+        """Calls ``take(block, first row)`` for all blocks of a sweep."""
+
+        def work() -> None:
+            if start is not None:
+                start()
+            rows = 0
+            with reading_ahead(self.source) as blocks:
+                for block in blocks:
+                    if block.shape[1] != self.width:
+                        raise ValueError(
+                            f"{_OP}: a block after {rows} rows has {block.shape[1]} columns, "
+                            f"wanted {self.width} as the first has"
+                        )
+                    if block.device != self._place:
+                        raise ValueError(
+                            f"{_OP}: a block after {rows} rows is on {block.device}, wanted "
+                            f"{self._place} as the first is"
+                        )
+                    if self._length is not None and rows + len(block) > self._length:
+                        raise ValueError(
+                            f"{_OP}: sweep {self.count} has more than the {self._length} rows of "
+                            "the first"
+                        )
+                    take(block, rows)
+                    rows += len(block)
+                    self.bar.advance(block)
+            if self._length is not None and rows != self._length:
+                raise ValueError(
+                    f"{_OP}: sweep {self.count} has {rows} rows, the first had {self._length}"
+                )
+            if rows == 0 and self.group is None:
+                raise ValueError(f"{_OP}: there are no rows")
+            self._length = rows
+            if finish is not None:
+                finish()
+
+        self.count += 1
+        self.bar.restart(f"sweep {self.count}")
+        together(_OP, self.group, work)
+        if self.count == 1:
+            self.rows = Side.of_shard(self._length or 0, self.group, self.like.device)
+            if self.rows.size == 0:
+                raise ValueError(f"{_OP}: there are no rows")
+
+    def _converted(self, block: Tensor) -> Tensor:
+        """The block in the type and place of the computation, a dense one less the mean."""
+        if block.layout == torch.sparse_csr:
+            return torch.sparse_csr_tensor(
+                block.crow_indices().int(),
+                block.col_indices().int(),
+                block.values().to(self.like.dtype),
+                block.shape,
+                device=self.like.device,
+                check_invariants=True,
+            )
+        centred = self.center  # if the source is transposed, of each row
+        if not centred and block.dtype == self.like.dtype and block.device == self.like.device:
+            return block
+        # In one place: the heap would keep holes between what is allocated in the meantime, and
+        # blocks of 33 MB made it grow to the size of the file.
+        if self._room is None or len(self._room) < len(block):
+            self._room = None
+            self._room = self.like.new_empty(block.shape)
+        A = self._room[: len(block)].copy_(block)
+        if self.shift is not None:
+            A.sub_(self.shift)
+        elif centred:
+            A.sub_(A.mean(1, keepdim=True, dtype=torch.float64).to(A.dtype))
+        return A
+
+    def _sparse_shift(self, A: Tensor) -> Tensor | None:
+        return self.shift if A.layout == torch.sparse_csr else None
+
+    def _block_norm(self, A: Tensor) -> float:
+        if A.layout == torch.sparse_csr:
+            values = A.values().double()
+            if self.shift is None:
+                return norm_of([values], Side(0), self.like)
+            shift, col = self.shift.double(), A.col_indices().long()
+            empty = len(A) - torch.bincount(col, minlength=self.width)
+            return norm_of([values - shift[col], shift * empty.sqrt()], Side(0), self.like)
+        # Rows in their own type: a float32 sum of n squares errs by less than the products do.
+        found = float(torch.linalg.vector_norm(A, dim=1).double().square().sum().sqrt())
+        if 1e-12 < found < 1e18:
+            return found
+        return norm_of(A.split(_few_rows(A)), Side(0), self.like)
+
+    def _refuse(self, block: Tensor) -> None:
+        values = block.values() if block.layout == torch.sparse_csr else block
+        reason = (
+            f"products exceed the range of {self.like.dtype}"
+            if bool(values.isfinite().all())
+            else "a block contains NaN or Inf"
+        )
+        raise torch.linalg.LinAlgError(f"{_OP}: {reason}")  # type: ignore[attr-defined]
+
+
+def _largest(x: Tensor) -> float:
+    """The largest magnitude; NaN where there is one."""
+    return float(torch.linalg.vector_norm(x, math.inf)) if x.numel() else 0.0
+
+
+def _times(A: Tensor, X: Tensor, shift: Tensor | None) -> Tensor:
+    Y = A @ X
+    return Y if shift is None else Y - shift @ X
+
+
+def _transposed_times(A: Tensor, Y: Tensor, shift: Tensor | None) -> Tensor:
+    if A.layout != torch.sparse_csr:
+        return A.mT @ Y
+    out = A.t() @ Y.contiguous()
+    return out if shift is None else out - torch.outer(shift, Y.sum(0))
+
+
+def _few_rows(A: Tensor) -> int:
+    """Of a block, for what is made of them in float64 to be small beside it."""
+    return max(1, (1 << 18) // max(A.shape[1], 1))
+
+
+def _column_sums(block: Tensor) -> Tensor:
+    if block.layout == torch.strided:
+        parts = block.split(_few_rows(block))
+        return torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0)
+    ones = torch.ones(1, len(block), dtype=torch.float64, device=block.device)
+    wide = torch.sparse_csr_tensor(
+        block.crow_indices(), block.col_indices(), block.values().double(), block.shape,
+        check_invariants=False,
+    )  # fmt: skip
+    return (wide.t() @ ones.mT)[:, 0]
