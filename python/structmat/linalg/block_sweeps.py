@@ -2,9 +2,9 @@
 """Products with a matrix that is read in blocks of rows, each reading giving two: ``Y = A X`` and
 ``Z = A^T Y``.
 
-Blocks are multiplied by torch: on two cores, 4194 x 1000 times 48 columns, at 130 GFLOP/s of the
-158 of a large product, where the kernels of csrc/core/svd/sweep_simd.h, which copy what they
-multiply, make 145, and 98 by panels of 256 rows that the second product would find in level 2.
+On the CPU both are one call into the core. Its tiles go to whichever thread is free, while torch's
+products wait for the one whose core the reader of the next block has: 4194 x 1000 times 48 columns
+took them 3.1 ms alone and 7 beside it, and each of the small steps in between a millisecond.
 """
 
 import math
@@ -23,13 +23,13 @@ from .row_blocks import Source, open_source, reading_ahead
 from .sides import Side, gathered, together
 
 _OP = "svd_out_of_core"
+_UNIT, _NORM, _FINITE = range(3)  # BlockFacts of structmat/out_of_core.h
 
 
 class Swept(NamedTuple):
     Y: Tensor  # with the probes beside it, where they were asked for
     Z: Tensor  # float64, in units of `unit`: squares of Y stay in range
     unit: float
-    R: Tensor  # of Y = Q R, without probes only
 
 
 class BlockSweeps:
@@ -55,7 +55,7 @@ class BlockSweeps:
         self.rows: Side  # known after a sweep
         self._length: int | None = None  # rows here
         self._room: Tensor | None = None  # of a block converted or centred
-        self._squares: list[float] = []
+        self._norms: list[float] = []  # of blocks
 
     def open(self, arguments: Any) -> None:
         """Looks at the first block. Ranks tell each other what they found, so that an error of one
@@ -103,15 +103,14 @@ class BlockSweeps:
         """One reading. With a seed Y has the products of the probes too, and the norm of A comes
         along."""
         width, probe = X.shape[1], probe_seed is not None
-        wide = X
+        wide = X.contiguous()
         if probe_seed is not None:
             G = self.cols.sketch(PROBES, probe_seed, _PROBE_NUMBER, self.like)
-            wide = torch.cat([X, G], 1)
-        R = X.new_zeros(0, width)
+            wide = torch.cat([X, G], 1).contiguous()
         Z = torch.zeros(self.width, width, dtype=torch.float64, device=X.device)
-        unit = 0.0
+        facts = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device="cpu")
         total = torch.zeros_like(Z[:, 0]) if self.center and self._length is None else None
-        self._squares = []
+        self._norms = []
         kept: list[Tensor] = []
         Y = torch.empty(0)
 
@@ -125,37 +124,20 @@ class BlockSweeps:
                 kept.append(Y)
 
         def take(block: Tensor, first: int) -> None:
-            nonlocal R, unit
             A = self._converted(block)
-            shift = self._sparse_shift(A)
             if kept and kept[0] is Y:
                 y = Y[first : first + len(block)]
-                if shift is None and A.layout == torch.strided:
-                    torch.mm(A, wide, out=y)
-                else:
-                    y.copy_(_times(A, wide, shift))
             else:
-                y = _times(A, wide, shift)
+                y = X.new_empty(len(block), wide.shape[1])
                 kept.append(y)
-            y = y[:, :width]
-            largest = _largest(y)
-            if not largest < math.inf:
-                self._refuse(block)
-            if largest > 0:
-                scale = 2.0 ** math.floor(math.log2(largest))
-                if scale > unit:
-                    Z.mul_(unit / scale)
-                    unit = scale
-                part = _transposed_times(A, y / scale, shift)
-                if not _largest(part) < math.inf:
+            if len(block):
+                self._multiply(A, wide, y, Z, facts, probe)
+                if not facts[_FINITE]:
                     self._refuse(block)
-                Z.add_(part, alpha=scale / unit)
-                if not probe:
-                    R = torch.linalg.qr(torch.cat([R, y]), mode="r").R
             if total is not None:
                 total.add_(_column_sums(block.to(Z.device)))
             if probe:
-                self._squares.append(self._block_norm(A))
+                self._norms.append(float(facts[_NORM]))
 
         def finish() -> None:
             nonlocal Y
@@ -166,15 +148,38 @@ class BlockSweeps:
         rows = self.rows
         if total is not None and self.shift is not None:
             self.shift = (rows.sum(total) / max(rows.size, 1)).to(self.like.dtype)
-        R = torch.nn.functional.pad(R, (0, 0, 0, width - len(R)))
+        unit = float(facts[_UNIT])
         if self.group is not None:
             units = torch.tensor([unit], dtype=torch.float64, device=Z.device)
             rows.max(units)
             Z.mul_(unit / float(units) if float(units) else 1.0)
             unit = float(units)
-            R = torch.linalg.qr(torch.cat(rows.gather(R)), mode="r").R
         rows.sum(Z)
-        return Swept(Y, Z, unit, R)
+        return Swept(Y, Z, unit)
+
+    def _multiply(
+        self, A: Tensor, X: Tensor, Y: Tensor, Z: Tensor, facts: Tensor, measure: bool
+    ) -> None:
+        """structmat/out_of_core.h says what of: ``Y = A X``, Z grows by ``A^T Y`` in units of
+        facts[0], and facts[1] is the norm of A."""
+        if A.layout == torch.strided and not A.is_cuda:
+            torch.ops.structmat.block_sweep(A, X, Y, Z, facts, measure)
+            return
+        shift = self.shift if A.layout == torch.sparse_csr else None
+        Y.copy_(_times(A, X, shift))
+        y = Y[:, : Z.shape[1]]
+        largest = float(torch.linalg.vector_norm(y, math.inf))
+        facts[_FINITE] = float(largest < math.inf)
+        if measure:
+            facts[_NORM] = self._block_norm(A)
+        if not 0 < largest < math.inf:
+            return
+        scale = 2.0 ** math.floor(math.log2(largest))
+        unit = max(scale, float(facts[_UNIT]))
+        part = _transposed_times(A, y / scale, shift).double()
+        Z.mul_(float(facts[_UNIT]) / unit).add_(part, alpha=scale / unit)
+        facts[_UNIT] = unit
+        facts[_FINITE] = float(part.isfinite().all())
 
     def transposed(self, Q: Tensor) -> Tensor:
         """``A^T Q``, float64, in one reading."""
@@ -182,8 +187,9 @@ class BlockSweeps:
 
         def take(block: Tensor, first: int) -> None:
             A = self._converted(block)
-            part = _transposed_times(A, Q[first : first + len(block)], self._sparse_shift(A))
-            if not _largest(part) < math.inf:
+            shift = self.shift if A.layout == torch.sparse_csr else None
+            part = _transposed_times(A, Q[first : first + len(block)], shift)
+            if not part.isfinite().all():
                 self._refuse(block)
             T.add_(part)
 
@@ -192,8 +198,8 @@ class BlockSweeps:
 
     def norm(self) -> float:
         """``||A||_F``, of the last sweep."""
-        squares = torch.tensor(self._squares, dtype=torch.float64, device="cpu")
-        return norm_of([squares], self.rows, self.like)
+        norms = torch.tensor(self._norms, dtype=torch.float64, device="cpu")
+        return norm_of([norms], self.rows, self.like)
 
     # ---- reading ----------------------------------------------------------------------------
     def _read(
@@ -258,8 +264,14 @@ class BlockSweeps:
                 check_invariants=True,
             )
         centred = self.center  # if the source is transposed, of each row
-        if not centred and block.dtype == self.like.dtype and block.device == self.like.device:
-            return block
+        wide = self.like.dtype == torch.float64
+        if (
+            not centred
+            and block.device == self.like.device
+            and (block.dtype == self.like.dtype or (block.device.type == "cpu" and not wide))
+            and (block.dtype == torch.float64) == wide
+        ):
+            return block  # 16-bit numbers are converted as they are multiplied
         # In one place: the heap would keep holes between what is allocated in the meantime, and
         # blocks of 33 MB made it grow to the size of the file.
         if self._room is None or len(self._room) < len(block):
@@ -272,9 +284,6 @@ class BlockSweeps:
             A.sub_(A.mean(1, keepdim=True, dtype=torch.float64).to(A.dtype))
         return A
 
-    def _sparse_shift(self, A: Tensor) -> Tensor | None:
-        return self.shift if A.layout == torch.sparse_csr else None
-
     def _block_norm(self, A: Tensor) -> float:
         if A.layout == torch.sparse_csr:
             values = A.values().double()
@@ -283,10 +292,6 @@ class BlockSweeps:
             shift, col = self.shift.double(), A.col_indices().long()
             empty = len(A) - torch.bincount(col, minlength=self.width)
             return norm_of([values - shift[col], shift * empty.sqrt()], Side(0), self.like)
-        # Rows in their own type: a float32 sum of n squares errs by less than the products do.
-        found = float(torch.linalg.vector_norm(A, dim=1).double().square().sum().sqrt())
-        if 1e-12 < found < 1e18:
-            return found
         return norm_of(A.split(_few_rows(A)), Side(0), self.like)
 
     def _refuse(self, block: Tensor) -> None:
@@ -297,11 +302,6 @@ class BlockSweeps:
             else "a block contains NaN or Inf"
         )
         raise torch.linalg.LinAlgError(f"{_OP}: {reason}")  # type: ignore[attr-defined]
-
-
-def _largest(x: Tensor) -> float:
-    """The largest magnitude; NaN where there is one."""
-    return float(torch.linalg.vector_norm(x, math.inf)) if x.numel() else 0.0
 
 
 def _times(A: Tensor, X: Tensor, shift: Tensor | None) -> Tensor:
@@ -331,3 +331,8 @@ def _column_sums(block: Tensor) -> Tensor:
         check_invariants=False,
     )  # fmt: skip
     return (wide.t() @ ones.mT)[:, 0]
+
+
+@torch.library.register_fake("structmat::block_sweep")
+def _(A: Tensor, X: Tensor, Y: Tensor, Z: Tensor, facts: Tensor, measure: bool) -> None:
+    return None

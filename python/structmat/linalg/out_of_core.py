@@ -171,21 +171,22 @@ def _decomposed(sweeps: BlockSweeps, rank: int, number: int, extra: int, seed: i
     width = min(rank + extra, n)
     X = cols.orthonormalize(cols.sketch(width, seed, 0, sweeps.like), None, seed)
     for _ in range(number - 1):
-        Y, Z, unit, R = sweeps.sweep(X)
+        Y, Z, unit = sweeps.sweep(X)
         width = _width(width, rank, sweeps.rows)
-        Z = Z[:, :width]  # the first columns of a sketch are one
-        T = _agreed(_quotient(Z, R[:width, :width], unit, rank, last=False), Z, sweeps.rows)
+        Y, Z = Y[:, :width], Z[:, :width]  # the first columns of a sketch are one
+        R = sweeps.rows.qr(Y, factor=False)[1]
+        T = _agreed(_quotient(Z, R, unit, rank, last=False), Z, sweeps.rows)
         if T is None:
-            T = sweeps.transposed(sweeps.rows.qr(Y[:, :width].contiguous())[0])
+            T = sweeps.transposed(sweeps.rows.qr(Y)[0])
         del Y, Z  # as large as U
         T = T.to(dtype)
         X = cols.orthonormalize(T, None, seed)
         X = (X @ torch.linalg.svd((X.mT @ T).double())[0].to(dtype)).contiguous()
         cols.same(X)
-    Y, Z, unit, _ = sweeps.sweep(X, probe_seed=seed)
+    Y, Z, unit = sweeps.sweep(X, probe_seed=seed)
     rows = sweeps.rows
     width = _width(width, rank, rows)
-    Q, R = rows.qr(Y[:, :width].contiguous())
+    Q, R = rows.qr(Y[:, :width])
     Z = Z[:, :width]
     T = _agreed(_quotient(Z, R, unit, rank, last=True), Z, rows)
     if T is None:
