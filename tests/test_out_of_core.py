@@ -145,10 +145,11 @@ def test_blocks_of_all_kinds():
 
         return (scipy.sparse.csr_matrix(part.numpy()) for part in A.split(25))
 
+    verify(A, expected)
     for blocks in (
         rows_of(A, 1),
         rows_of(A, 77),
-        lambda: [A[:0], A[:50], A[50:50], A[50:]],
+        lambda: [A[:0], A[:50], A[50:50], A[50:], A[:0]],
         lambda: (part.numpy() for part in A.split(25)),
         lambda: (part.to_sparse_csr() for part in A.split(25)),
         lambda: iter([A[:60], A[60:].to_sparse_csr()]),
@@ -156,6 +157,7 @@ def test_blocks_of_all_kinds():
         scipy_like,
     ):
         found = svd(blocks, 6)
+        assert found.info.error == pytest.approx(expected.info.error, rel=1e-6)
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     found = svd(lambda: (part.to_sparse_csr() for part in A.split(25)), 6, center=True)
@@ -260,6 +262,12 @@ A, WIDE = torch.randn(8, 5), torch.randn(8, 6)
         (lambda: changing([A[:, :0]]), {}, ValueError, "no rows"),
         (lambda: changing([A[:1]], [A[:1]]), {}, ValueError, "rank is 2, wanted 1 to 1"),
         (lambda: changing([A.long()]), {}, TypeError, "int64"),
+        (lambda: changing([A.cfloat()]), {}, TypeError, "complex64"),
+        (lambda: changing([A.cfloat().numpy()]), {}, TypeError, "complex64, wanted native floats"),
+        (lambda: changing([A]), {"dtype": torch.complex64}, TypeError, "complex64"),
+        (lambda: changing([A, A.to("meta")]), {}, ValueError, "on meta, wanted cpu as the first"),
+        (lambda: changing([A.to("meta")]), {}, ValueError, "on meta"),
+        (lambda: changing([A]), {"device": "meta"}, ValueError, "on meta"),
         (lambda: changing([A[0]]), {}, ValueError, r"shape \(5,\)"),
         (lambda: changing([A.to_sparse()]), {}, TypeError, "layout"),
         (lambda: changing(["row"]), {}, TypeError, "str"),

@@ -74,6 +74,8 @@ class BlockSweeps:
                     break
             if first is None or not first.shape[1]:
                 raise ValueError(f"{_OP}: there are no rows")
+            if "meta" in (first.device.type, torch.device(self._device or "cpu").type):
+                raise ValueError(f"{_OP}: blocks or computation are on meta, which has no numbers")
 
         together(_OP, self.group, look)
         assert first is not None
@@ -124,16 +126,16 @@ class BlockSweeps:
                 kept.append(Y)
 
         def take(block: Tensor, first: int) -> None:
-            A = self._converted(block)
             if kept and kept[0] is Y:
                 y = Y[first : first + len(block)]
             else:
                 y = X.new_empty(len(block), wide.shape[1])
                 kept.append(y)
-            if len(block):
-                self._multiply(A, wide, y, Z, facts, probe)
-                if not facts[_FINITE]:
-                    self._refuse(block)
+            if len(block) == 0:
+                return
+            self._multiply(self._converted(block), wide, y, Z, facts, probe)
+            if not facts[_FINITE]:
+                self._refuse(block)
             if total is not None:
                 total.add_(_column_sums(block.to(Z.device)))
             if probe:
