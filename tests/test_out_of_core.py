@@ -420,6 +420,62 @@ def test_bar_only_on_a_terminal_and_after_a_second(monkeypatch):
     assert written(Terminal(), 2.0, shown=False) == ""
 
 
+@pytest.mark.parametrize("layout", ["rows", "columns", "slice"])
+def test_block_sweep(dtype, layout):
+    """Y = A X, and Z grows by A^T Y in units that change; the norm of A."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    blocks = [torch.randn(m, 77).to(dtype) * size for m, size in ((130, 2.0), (1, 300.0), (60, 1))]
+    X = torch.randn(77, 21).to(wide)
+    Z, facts = torch.zeros(77, 13, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    expected = torch.zeros_like(Z)
+    for A in blocks:
+        if layout == "columns":
+            A = A.T.contiguous().T
+        elif layout == "slice":
+            A = torch.cat([A, A], 1).repeat_interleave(2, 1)[:, ::2][:, :77]
+        Y = torch.empty(len(A), 21, dtype=wide)
+        torch.ops.structmat.block_sweep(A, X, Y, Z, facts, True)
+        exact = A.double() @ X.double()
+        expected += A.double().T @ exact[:, :13]
+        assert (Y - exact).norm() <= 16 * UNIT[wide] * exact.norm()
+        assert (Z * facts[0] - expected).norm() <= 16 * UNIT[wide] * expected.norm()
+        assert float(facts[1]) == pytest.approx(float(A.double().norm()), rel=1e-6)
+        assert float(facts[2]) == 1
+    A[0, 5] = torch.inf
+    torch.ops.structmat.block_sweep(A, X, Y, Z, facts, True)
+    assert float(facts[2]) == 0
+
+
+def test_block_sweep_checks():
+    A, X, Y = torch.randn(8, 5), torch.randn(5, 3), torch.empty(8, 3)
+    Z, facts = torch.zeros(5, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    op = torch.ops.structmat.block_sweep
+    torch.library.opcheck(op.default, (A, X, Y, Z, facts, True))
+    for arguments, says in (
+        ((A, X[:4], Y, Z, facts), "x, y and z are 4 x 3, 8 x 3 and 5 x 2 for A of 8 x 5"),
+        ((A, X.double(), Y, Z, facts), "x, y and z are float64, float32 and float64"),
+        ((A, X, Y, Z.float(), facts), "float32, float32 and float32"),
+        ((A, X.T.contiguous().T, Y, Z, facts), "X must be a matrix with contiguous rows"),
+        ((A, X, Y, Z, facts[:2]), "facts must be 3 numbers"),
+    ):
+        with pytest.raises(RuntimeError, match=says):
+            op(*arguments, True)
+
+
+@pytest.mark.parametrize("kind", ["f4", "f2"])
+def test_same_bits_for_any_thread_count(kind):
+    """Of what the core computes; QR is torch's."""
+    A = torch.from_numpy(matrix(900, 120, "slow").numpy().astype(kind))
+    X = torch.randn(120, 24)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        Y, Z = torch.empty(900, 24), torch.zeros(120, 24, dtype=torch.float64)
+        torch.ops.structmat.block_sweep(A, X, Y, Z, torch.zeros(3, dtype=torch.float64), False)
+        found.append((Y, Z))
+    assert all(torch.equal(a, b) for pair in found for a, b in zip(pair, found[0], strict=True))
+
+
 MEMORY = """
 import json, resource, sys, torch, structmat as sm
 torch.set_num_threads(1)
