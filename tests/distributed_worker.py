@@ -152,6 +152,18 @@ def main():
         failure(lambda: svd((BrokenTransposed if last else Operator)(A), 4, group=group)),
         failure(lambda: ooc(lambda: iter([A]), 0 if last else 4, group=group)),
     ]
+    qr = torch.linalg.qr
+    if last:  # as where memory ends
+
+        def broken_qr(*_):
+            raise OSError("no memory")
+
+        torch.linalg.qr = broken_qr
+    found["errors of one"] += [
+        failure(lambda: svd(mine(A), 4, group=group)),
+        failure(lambda: ooc(lambda: iter([mine(A)]), 4, group=group)),
+    ]
+    torch.linalg.qr = qr
     # Ranks whose rounding would send them separate ways take that of the first.
     basis = matrix_free._Basis
     least = basis._least_rank

@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrices read in blocks of rows, against torch.linalg.svd in double precision."""
 
-import gc
-import io
 import json
 import os
 import subprocess
 import sys
-import threading
-import weakref
 
 import numpy as np
 import pytest
 import torch
 from reference import UNIT
+from test_sizes import sparse_file
 from test_svd import SPECTRA, matrix
 
 import structmat as sm
-from structmat.linalg.progress import Bar
 
 svd = sm.linalg.svd_out_of_core
 pytestmark = [
@@ -84,13 +80,16 @@ def test_sweeps_are_worth_two_passes():
     assert excess[2] < excess[1] / 2
 
 
+def falling(n):
+    """Singular values from 1 to 1e-6, float32."""
+    U, _, Vh = torch.linalg.svd(matrix(300, n, "slow"), full_matrices=False)
+    return ((U * torch.logspace(0, -6, n, dtype=torch.float64)) @ Vh).float()
+
+
 @pytest.mark.parametrize("sweeps", [1, 2])
 def test_small_values_are_not_lost_silently(sweeps):
     """Values below the root of eps vanish from A^T (A X) in the first sweep; one more has them."""
-    A = matrix(300, 120, "slow")
-    U, _, Vh = torch.linalg.svd(A, full_matrices=False)
-    sigma = torch.logspace(0, -6, 120, dtype=torch.float64)
-    A = ((U * sigma) @ Vh).float()
+    A, sigma = falling(120), torch.logspace(0, -6, 120, dtype=torch.float64)
     result = svd(rows_of(A, 50), 90, oversample=10, sweeps=sweeps)
     assert result.info.sweeps == sweeps + 1
     off = (result.S.double() - sigma[:90]).abs()
@@ -141,10 +140,11 @@ def test_blocks_of_all_kinds():
 
         return (scipy.sparse.csr_matrix(part.numpy()) for part in A.split(25))
 
+    verify(A, expected)
     for blocks in (
         rows_of(A, 1),
         rows_of(A, 77),
-        lambda: [A[:0], A[:50], A[50:50], A[50:]],
+        lambda: [A[:0], A[:50], A[50:50], A[50:], A[:0]],
         lambda: (part.numpy() for part in A.split(25)),
         lambda: (part.to_sparse_csr() for part in A.split(25)),
         lambda: iter([A[:60], A[60:].to_sparse_csr()]),
@@ -152,6 +152,7 @@ def test_blocks_of_all_kinds():
         scipy_like,
     ):
         found = svd(blocks, 6)
+        assert found.info.error == pytest.approx(expected.info.error, rel=1e-6)
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     found = svd(lambda: (part.to_sparse_csr() for part in A.split(25)), 6, center=True)
@@ -235,209 +236,89 @@ def test_wrong_files(tmp_path):
             svd(f"{tmp_path}/{name}", 2)
 
 
-def changing(*sweeps):
-    """A factory that gives other blocks in each sweep; the first call is a look at one block."""
-    calls = iter([sweeps[0], *sweeps])
-    return lambda: iter(next(calls))
+@pytest.mark.parametrize("layout", ["rows", "columns", "slice"])
+def test_block_sweep(dtype, layout):
+    """Y = A X, and Z grows by A^T Y in units that change; the norm of A."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    blocks = [torch.randn(m, 77).to(dtype) * size for m, size in ((130, 2.0), (1, 300.0), (60, 1))]
+    X = torch.randn(77, 21).to(wide)
+    Z, facts = torch.zeros(77, 13, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    expected = torch.zeros_like(Z)
+    for A in blocks:
+        if layout == "columns":
+            A = A.T.contiguous().T
+        elif layout == "slice":
+            A = torch.cat([A, A], 1).repeat_interleave(2, 1)[:, ::2][:, :77]
+        Y = torch.empty(len(A), 21, dtype=wide)
+        torch.ops.structmat.block_sweep(A, X, Y, Z, facts, True)
+        exact = A.double() @ X.double()
+        expected += A.double().T @ exact[:, :13]
+        assert (Y - exact).norm() <= 16 * UNIT[wide] * exact.norm()
+        assert (Z * facts[0] - expected).norm() <= 16 * UNIT[wide] * expected.norm()
+        assert float(facts[1]) == pytest.approx(float(A.double().norm()), rel=1e-6)
+        assert float(facts[2]) == 1
+    A[0, 5] = torch.inf
+    torch.ops.structmat.block_sweep(A, X, Y, Z, facts, True)
+    assert float(facts[2]) == 0
 
 
-A, WIDE = torch.randn(8, 5), torch.randn(8, 6)
+def test_block_sweep_checks():
+    A, X, Y = torch.randn(8, 5), torch.randn(5, 3), torch.empty(8, 3)
+    Z, facts = torch.zeros(5, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    op = torch.ops.structmat.block_sweep
+    torch.library.opcheck(op.default, (A, X, Y, Z, facts, True))
+    for arguments, says in (
+        ((A, X[:4], Y, Z, facts), "x, y and z are 4 x 3, 8 x 3 and 5 x 2 for A of 8 x 5"),
+        ((A, X.double(), Y, Z, facts), "x, y and z are float64, float32 and float64"),
+        ((A, X, Y, Z.float(), facts), "float32, float32 and float32"),
+        ((A, X.T.contiguous().T, Y, Z, facts), "X must be a matrix with contiguous rows"),
+        ((A, X, Y, Z, facts[:2]), "facts must be 3 numbers"),
+    ):
+        with pytest.raises(RuntimeError, match=says):
+            op(*arguments, True)
 
 
-@pytest.mark.parametrize(
-    ("blocks", "options", "error", "says"),
-    [
-        (lambda: changing([A, A], [A]), {}, ValueError, "sweep 2 has 8 rows, the first had 16"),
-        (lambda: changing([A], [A, A]), {}, ValueError, "more than the 8 rows"),
-        (lambda: changing([A, WIDE], [A]), {}, ValueError, "6 columns, wanted 5"),
-        (lambda: changing([A], [WIDE]), {}, ValueError, "6 columns, wanted 5"),
-        (lambda: changing([]), {}, ValueError, "no rows"),
-        (lambda: changing([A[:0]]), {}, ValueError, "no rows"),
-        (lambda: changing([A[:, :0]]), {}, ValueError, "no rows"),
-        (lambda: changing([A[:1]], [A[:1]]), {}, ValueError, "rank is 2, wanted 1 to 1"),
-        (lambda: changing([A.long()]), {}, TypeError, "int64"),
-        (lambda: changing([A[0]]), {}, ValueError, r"shape \(5,\)"),
-        (lambda: changing([A.to_sparse()]), {}, TypeError, "layout"),
-        (lambda: changing(["row"]), {}, TypeError, "str"),
-        (lambda: changing([np.array([["a"]])]), {}, TypeError, "native floats"),
-        (lambda: lambda: 3, {}, TypeError, "returned int"),
-        (lambda: iter([A]), {}, TypeError, "ends after one sweep"),
-        (lambda: A, {}, TypeError, "got Tensor"),
-        (lambda: changing([A]), {"rank": 6}, ValueError, "1 to 5"),
-        (lambda: changing([A]), {"rank": 0}, ValueError, "rank is 0"),
-        (lambda: changing([A]), {"rank": 2.0}, TypeError, "float"),
-        (lambda: changing([A]), {"sweeps": 0}, ValueError, "sweeps is 0"),
-        (lambda: changing([A]), {"sweeps": 1, "center": True}, ValueError, "finds the mean"),
-        (lambda: changing([A]), {"center": 1}, TypeError, "bool"),
-        (lambda: changing([A]), {"seed": -1}, ValueError, "seed is -1"),
-        (lambda: changing([A]), {"oversample": -1}, ValueError, "oversample"),
-        (lambda: changing([A]), {"block_rows": 2}, ValueError, "for files"),
-        (lambda: changing([A]), {"dtype": torch.float16}, TypeError, "float16"),
-        (lambda: changing([A]), {"group": 1}, TypeError, "ProcessGroup"),
-    ],
-)
-def test_wrong_sources(blocks, options, error, says):
-    with pytest.raises(error, match=says):
-        svd(blocks(), **({"rank": 2} | options))
-
-
-def test_a_source_that_fails_is_heard_and_its_thread_ends():
-    def blocks():
-        yield A
-        raise KeyError("the disk is gone")
-
-    before = threading.active_count()
-    with pytest.raises(KeyError, match="disk"):
-        svd(blocks, 2)
-
-    def endless():
-        while True:
-            yield A * torch.nan
-
-    with pytest.raises(torch.linalg.LinAlgError, match="NaN or Inf"):
-        svd(endless, 2)
-    assert threading.active_count() == before
-
-
-def test_a_failure_keeps_nothing_alive():
-    class Blocks:
-        def __call__(self):
-            yield A
-            yield A * torch.nan
-
-    source = Blocks()
-    alive = weakref.ref(source)
-    gc.disable()
-    try:
-        svd(source, 2)
-    except torch.linalg.LinAlgError:
-        pass
-    finally:
-        del source
-        found = alive()
-        gc.enable()
-    assert found is None
-
-
-@pytest.mark.parametrize("kind", ["numpy", "torch", "csr", "scipy"])
-def test_blocks_may_reuse_their_buffer(kind):
-    A = matrix(96, 20, "slow")
-    make = {
-        "numpy": lambda part: part.numpy(),
-        "torch": lambda part: part,
-        "csr": torch.Tensor.to_sparse_csr,
-        "scipy": lambda part: pytest.importorskip("scipy.sparse").csr_matrix(part.numpy()),
-    }[kind]
-    buffer = make(A[:8].clone())
-    values = {"csr": lambda: buffer.values(), "scipy": lambda: buffer.data}.get(
-        kind, lambda: buffer
-    )()
-
-    def blocks():
-        for part in A.split(8):
-            values[:] = (
-                make(part).reshape(values.shape)
-                if kind in ("numpy", "torch")
-                else (part.reshape(values.shape))
-            )
-            yield buffer
-
-    for _ in range(3):
-        verify(A, svd(blocks, 4))
-
-
-def test_scipy_blocks_stay_as_they_are():
-    csr = pytest.importorskip("scipy.sparse").csr_matrix
-    part = csr((np.ones(6), [2, 2, 1, 0, 1, 2], [0, 3, 4, 6]), (3, 3))
-    svd(lambda: iter([part]), 1)
-    assert part.nnz == 6
-    assert part.indices.tolist() == [2, 2, 1, 0, 1, 2]
-
-
-def test_default_device(tmp_path):
-    A = matrix(40, 9, "slow")
-    np.save(tmp_path / "A.npy", A.numpy())
-    with torch.device("meta"):
-        result = svd(tmp_path / "A.npy", 3)
-    verify(A, result)
-
-
-def test_a_row_that_turns_bad_is_found_in_the_last_reading():
-    g = np.random.default_rng(7)
-    A = torch.from_numpy(g.standard_normal((500, 8)) @ g.standard_normal((8, 100)))
-    calls = 0
-
-    def blocks():
-        nonlocal calls
-        calls += 1
-        return iter([A * torch.nan if calls == 4 else A])
-
-    with pytest.raises(torch.linalg.LinAlgError, match="NaN or Inf"):
-        svd(blocks, 8, seed=7)
-    assert calls == 4
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("center", [False, True])
-def test_not_finite(bad, center):
-    A = matrix(90, 60, "slow")
-    A[80, 20] = bad
-    for blocks in (rows_of(A, 30), lambda: (part.to_sparse_csr() for part in A.split(30))):
-        with pytest.raises(torch.linalg.LinAlgError, match="NaN or Inf"):
-            svd(blocks, 3, center=center)
-
-
-def test_bar_only_on_a_terminal_and_after_a_second(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    def written(stream, wait, shown=True):
-        monkeypatch.setattr(sys, "stderr", stream)
-        bar = Bar("reading", shown)
-        bar._begin -= wait
-        with bar:
-            bar.restart("sweep 1")
-            bar.advance(torch.ones(1000, 1000))
-            bar.restart("sweep 2")
-            bar.advance(torch.ones(500, 1000))
-        return stream.getvalue()
-
-    assert "sweep 2" in written(Terminal(), 2.0)
-    assert written(Terminal(), 0.0) == ""
-    assert written(io.StringIO(), 2.0) == ""
-    assert written(Terminal(), 2.0, shown=False) == ""
+@pytest.mark.parametrize("kind", ["f4", "f2"])
+def test_same_bits_for_any_thread_count(kind):
+    """Of what the core computes; QR is torch's."""
+    A = torch.from_numpy(matrix(900, 120, "slow").numpy().astype(kind))
+    X = torch.randn(120, 24)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        Y, Z = torch.empty(900, 24), torch.zeros(120, 24, dtype=torch.float64)
+        torch.ops.structmat.block_sweep(A, X, Y, Z, torch.zeros(3, dtype=torch.float64), False)
+        found.append((Y, Z))
+    assert all(torch.equal(a, b) for pair in found for a, b in zip(pair, found[0], strict=True))
 
 
 MEMORY = """
-import json, resource, sys, warnings
-import torch, structmat as sm
+import json, resource, sys, torch, structmat as sm
 torch.set_num_threads(1)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 warm = torch.randn(2000, 100)
 sm.linalg.svd_out_of_core(lambda: iter(warm.split(500)), 4, center=True)
-before = peak()
-U, S, Vh = sm.linalg.svd_out_of_core(sys.argv[1], 4, center=True)
-print(json.dumps({"more": peak() - before, "U": list(U.shape), "S": S.tolist()}))
+found = [peak()]
+for path in sys.argv[1:]:
+    sm.linalg.svd_out_of_core(path, 4, center=True)
+    found.append(peak())
+print(json.dumps(found))
 """
 
 
 def test_memory_is_bounded_by_the_blocks(tmp_path):
-    """A file of 400 MB adds 124 MB: 4 blocks of 16 MB, a centred copy of one, U and Y."""
-    m, n = 100_000, 1000
-    array = np.lib.format.open_memmap(tmp_path / "A.npy", "w+", np.float32, (m, n))
-    pattern = np.random.default_rng(0).standard_normal((1000, n), dtype=np.float32)
-    pattern[:, :4] *= 30
-    for start in range(0, m, 1000):
-        array[start : start + 1000] = pattern
-    del array
+    """Four blocks of 16 MB, one in float32, and what belongs to the 20,000 columns: as much for a
+    file of 800 MB as for one of 200."""
+    n, paths = 20_000, []
+    values = torch.randn(200, n).half()
+    for m in (5_000, 20_000):  # 200 and 800 MB
+        paths.append(str(tmp_path / f"{m}.npy"))
+        sparse_file(paths[-1], m, n, range(m - 200, m), values)
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path / "A.npy")],
+        [sys.executable, "-c", MEMORY, *paths],
         capture_output=True, text=True, check=True, env=os.environ,
     )  # fmt: skip
-    facts = json.loads(done.stdout)
-    assert facts["U"] == [m, 4]
-    truth = torch.linalg.svdvals(torch.from_numpy(pattern - pattern.mean(0)).double())
-    torch.testing.assert_close(torch.tensor(facts["S"]).double(), 10 * truth[:4], rtol=1e-3, atol=0)
-    assert facts["more"] < 200e6, facts
+    start, small, large = (peak / 1e6 for peak in json.loads(done.stdout))
+    assert small - start < 190, (start, small, large)  # 108 to 160
+    assert large - start < 190, (start, small, large)

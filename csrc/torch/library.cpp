@@ -17,6 +17,9 @@ bool has_cuda() {
 
 STRUCTMAT_LIBRARY(m) {
   m.def("has_cuda() -> bool");
+  m.def(
+      "block_sweep(Tensor A, Tensor X, Tensor(a!) Y, Tensor(b!) Z, Tensor(c!) facts, bool measure) "
+      "-> ()");
   m.def("gram_matmul(Tensor A, Tensor X) -> Tensor");
   m.def("orthonormalize(Tensor Y, int seed) -> (Tensor Q, Tensor residual)");
   m.def("gaussian(Tensor like, int rows, int cols, int seed, int stream) -> Tensor");

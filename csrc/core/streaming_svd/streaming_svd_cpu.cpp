@@ -36,7 +36,9 @@ void tiles(const Context& context, std::int64_t size, std::int64_t tile, Body&& 
                [&](std::int64_t i) { body(i * tile, std::min(size, (i + 1) * tile)); });
 }
 
-// The upper triangle (as BLAS sees it) of a Gram matrix by blocks, one task each.
+// The upper triangle (as BLAS sees it) of a Gram matrix by blocks, one task each. The products are
+// BLAS's, not those of svd/sweep_simd.h: both operands are the chunk, so that half of them suffice,
+// and nothing here is a thin panel. A chunk of 128 x 256 takes a core 0.41 ms, a sweep 0.71.
 template <class Block>
 void upper_blocks(const Context& context, std::int64_t size, Block&& block) {
   const std::int64_t side = size >= 256 ? 128 : 64, count = ceil_div(size, side);

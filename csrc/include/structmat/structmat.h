@@ -7,6 +7,7 @@
 #include "structmat/linalg.h"
 #include "structmat/low_rank.h"
 #include "structmat/matrix.h"
+#include "structmat/out_of_core.h"
 #include "structmat/random.h"
 #include "structmat/streaming_svd.h"
 #include "structmat/svd.h"

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .streaming_svd import _SETTINGS, StreamingSVD
+from .streaming_checks import SETTINGS
+from .streaming_svd import StreamingSVD
 
 _OP = "all_merge"
 
@@ -46,7 +47,7 @@ def all_merge(stream: StreamingSVD, group: Any = None) -> StreamingSVD:
     if not dist.is_initialized():
         raise RuntimeError(f"{_OP}: torch.distributed is not initialised")
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    mine = {name: getattr(stream, name) for name in _SETTINGS}
+    mine = {name: getattr(stream, name) for name in SETTINGS}
     mine |= {"dtype": stream.dtype, "device": stream.device.type}
     every: list[Any] = [None] * ranks
     dist.all_gather_object(every, mine, group=group)
@@ -81,7 +82,7 @@ def _count(stream: StreamingSVD, counts: torch.Tensor) -> None:
 
 
 def _receive(like: StreamingSVD, source: int, group: Any) -> StreamingSVD:
-    settings = {name: getattr(like, name) for name in _SETTINGS}
+    settings = {name: getattr(like, name) for name in SETTINGS}
     other = StreamingSVD(**settings, dtype=like.dtype, device=like.device)
     parts = _parts(other)
     for tensor in parts:

@@ -103,6 +103,17 @@ def shards(A: Any, group: Any, device: torch.device) -> tuple[Side, Side]:
     return Side.of_shard(m, group, device), Side(n, peers=group)
 
 
+def _shared(
+    rows: Side, matmat: Callable[[Tensor], Tensor], rmatmat: Callable[[Tensor], Tensor]
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Products of all shards from those with this one, which raise everywhere if they do on one."""
+
+    def local(product: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+        return together("randomized_svd", rows.group, lambda: product(X))
+
+    return lambda X: local(matmat, X), lambda Y: rows.sum(local(rmatmat, Y))
+
+
 def dense(A: Tensor, group: Any, center: bool = False) -> Operand:
     """Rows in memory, 16-bit ones converted a part at a time. To be centred, the mean leaves A a
     part at a time too: taken from the products, it would leave them its own rounding."""
@@ -131,11 +142,11 @@ def dense(A: Tensor, group: Any, center: bool = False) -> Operand:
 
     def rmatmat(Y: Tensor) -> Tensor:
         if whole:
-            return rows.sum(A.mT @ Y)
+            return A.mT @ Y
         out = Y.new_zeros(A.shape[1], Y.shape[1])
         for part, y in zip(A.split(step), Y.split(step), strict=True):
             out += panel(part).mT @ y
-        return rows.sum(out)
+        return out
 
     def norm(centred: bool) -> float:
         parts = A.split(step // 8 + 1)
@@ -144,7 +155,8 @@ def dense(A: Tensor, group: Any, center: bool = False) -> Operand:
         mean = means()
         return norm_of((part.double() - mean for part in parts), rows, A)
 
-    return Operand(rows, cols, A.new_empty(0, dtype=dtype), matmat, rmatmat, norm)
+    like = A.new_empty(0, dtype=dtype)
+    return Operand(rows, cols, like, *_shared(rows, matmat, rmatmat), norm)
 
 
 def csr(A: Tensor, group: Any, limit: int = _NONZEROS) -> Operand:
@@ -181,7 +193,7 @@ def csr(A: Tensor, group: Any, limit: int = _NONZEROS) -> Operand:
         out = Y.new_zeros(n, Y.shape[1])
         for first, last, part in transposes:
             out += part @ Y[first:last].contiguous()
-        return rows.sum(out)
+        return out
 
     def norm(centred: bool) -> float:
         if not centred:
@@ -201,7 +213,7 @@ def csr(A: Tensor, group: Any, limit: int = _NONZEROS) -> Operand:
         found = (v.double() - mean[c] for v, c in pairs)
         return norm_of(chain(found, [mean * (m - filled).sqrt()]), rows, A)
 
-    return Operand(rows, cols, values.new_empty(0), matmat, rmatmat, norm)
+    return Operand(rows, cols, values.new_empty(0), *_shared(rows, matmat, rmatmat), norm)
 
 
 def _cuts(crow: Tensor, limit: int) -> list[int]:
@@ -241,14 +253,7 @@ def products(A: Any, group: Any) -> Operand:
             # what is kept must not change with the object's own buffers
             return Y.detach().clone()
 
-        return lambda X: together("randomized_svd", group, lambda: local(X))
+        return local
 
-    rmatmat = checked("rmatmat", A.shape[1])
-    return Operand(
-        rows,
-        cols,
-        like,
-        checked("matmat", A.shape[0]),
-        lambda Y: rows.sum(rmatmat(Y)),
-        lambda centred: None,
-    )
+    pair = _shared(rows, checked("matmat", A.shape[0]), checked("rmatmat", A.shape[1]))
+    return Operand(rows, cols, like, *pair, lambda centred: None)

@@ -11,21 +11,19 @@ root of 1 / eps, hardly to an X of singular vectors, whose Y has nearly orthogon
 seen in R, and then Q is formed and ``A^T Q`` takes one more reading.
 """
 
-import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .block_sweeps import BlockSweeps
 from .certificate import PROBES
-from .matrix_free import _PROBE_NUMBER, _Basis, default_oversample
-from .operands import Operand, norm_of, working_dtype
-from .progress import Bar
-from .row_blocks import Blocks, Source, open_source, reading_ahead
-from .sides import Side, gathered, together
+from .matrix_free import _Basis, default_oversample
+from .operands import Operand
+from .row_blocks import Blocks
+from .sides import Side, together
 from .svd import SVDResult
 
 _OP = "svd_out_of_core"
@@ -111,10 +109,10 @@ def svd_out_of_core(
     )
     extra = default_oversample(rank) if oversample is None else oversample
     with torch.no_grad():
-        run = _Run(blocks, block_rows, dtype, device, group, seed, center, progress)
-        with run.bar:
-            run.open((rank, sweeps, extra, center, seed, str(dtype)))
-            return run.decompose(rank, sweeps, extra)
+        readings = BlockSweeps(blocks, block_rows, dtype, device, group, center, progress)
+        with readings.bar:
+            readings.open((rank, sweeps, extra, center, seed, str(dtype)))
+            return _decomposed(readings, rank, sweeps, extra, seed)
 
 
 def _checked(
@@ -165,289 +163,62 @@ def _checked(
     return found[0], found[1], found[2], found[3], found[4]
 
 
-class _Run:
-    """The sweeps over one source."""
-
-    def __init__(
-        self,
-        blocks: Any,
-        block_rows: int | None,
-        dtype: torch.dtype | None,
-        device: torch.device | str | None,
-        group: Any,
-        seed: int,
-        center: bool,
-        progress: bool,
-    ) -> None:
-        self.source: Source
-        self._blocks, self._block_rows = blocks, block_rows
-        self._dtype, self._device = dtype, device
-        self.group, self.seed, self.center = group, seed, center
-        shown = progress and (group is None or dist.get_rank(group) == 0)
-        self.bar = Bar("reading", shown)
-        self.sweeps = 0
-        self._room: Tensor | None = None  # of a centred block
-        self.count: int | None = None  # rows here, known after a sweep
-
-    def open(self, arguments: Any) -> None:
-        """Looks at the first block. Ranks tell each other what they found, so that an error of one
-        is an error of all."""
-        first: Tensor | None = None
-
-        def look() -> None:
-            nonlocal first
-            self.source = open_source(self._blocks, self._block_rows)
-            if self.group is not None and self.source.transposed:
-                raise ValueError(
-                    f"{_OP}: {self._blocks} is column-major, wanted row-major rows of this rank"
-                )
-            for first in self.source.blocks():
-                if len(first):
-                    break
-            if first is None or not first.shape[1]:
-                raise ValueError(f"{_OP}: there are no rows")
-
-        together(_OP, self.group, look)
-        assert first is not None
-        self.width = first.shape[1]
-        self.dtype = self._dtype or working_dtype(first.dtype)
-        device = first.device if self._device is None else torch.device(self._device)
-        self.like = torch.empty(0, dtype=self.dtype, device=device)
-        facts = (self.width, str(self.dtype), *arguments)
-        for other, found in enumerate(gathered(self.group, facts)):
-            if found != facts:
-                raise ValueError(
-                    f"{_OP}: columns, dtype, rank, sweeps, oversample, center, seed and wanted "
-                    f"dtype are {facts} here and {found} on rank {other} of the group"
-                )
-        # The mean of a few rows, until that of all is known: products do not cancel that much.
-        self.shift: Tensor | None = None
-        if self.center and not self.source.transposed:
-            start = first.to_dense() if first.layout == torch.sparse_csr else first
-            total = start.to(device).sum(0, dtype=torch.float64)
-            self.shift = (total / max(len(start), 1)).to(self.dtype)
-            Side(0, self.group, self._ranks()).same(self.shift)
-        self.bar.total = self.source.bytes
-
-    def decompose(self, rank: int, sweeps: int, extra: int) -> SVDResult:
-        n = self.width
-        if rank > n:
-            raise ValueError(f"{_OP}: rank is {rank}, wanted 1 to {n}, the number of columns")
-        cols = Side(n, peers=self.group)
-        width = min(rank + extra, n)
-        X = cols.orthonormalize(cols.sketch(width, self.seed, 0, self.like), None, self.seed)
-        for _ in range(sweeps - 1):
-            Y, Z, R, unit = self._sweep(X, cols, probe=False)
-            rows = self._rows(rank)
-            width = min(width, rows.size)  # the first columns of a sketch are one
-            Z = Z[:, :width]
-            T = _quotient(Z, R[:width, :width], unit, rank, last=False)
-            T = self._agreed(T, Z, rows)
-            if T is None:
-                Q, _ = rows.qr(Y[:, :width].contiguous())
-                T = self._transposed(Q, cols)
-                del Q
-            del Y, Z  # as large as U
-            T = T.to(self.dtype)
-            X = cols.orthonormalize(T, None, self.seed)
-            X = (X @ torch.linalg.svd((X.mT @ T).double())[0].to(self.dtype)).contiguous()
-            cols.same(X)
-        Y, Z, _, unit = self._sweep(X, cols, probe=True)
-        rows = self._rows(rank)
-        width = min(width, rows.size)
-        Q, R = rows.qr(Y[:, :width].contiguous())
-        Z = Z[:, :width]
-        T = self._agreed(_quotient(Z, R, unit, rank, last=True), Z, rows)
+def _decomposed(sweeps: BlockSweeps, rank: int, number: int, extra: int, seed: int) -> SVDResult:
+    """From `number` sweeps with ``rank + extra`` columns, or one more where they lose too much."""
+    n, cols, dtype = sweeps.width, sweeps.cols, sweeps.like.dtype
+    if rank > n:
+        raise ValueError(f"{_OP}: rank is {rank}, wanted 1 to {n}, the number of columns")
+    width = min(rank + extra, n)
+    X = cols.orthonormalize(cols.sketch(width, seed, 0, sweeps.like), None, seed)
+    for _ in range(number - 1):
+        Y, Z, unit = sweeps.sweep(X)
+        width = _width(width, rank, sweeps.rows)
+        Y, Z = Y[:, :width], Z[:, :width]  # the first columns of a sketch are one
+        R = sweeps.rows.qr(Y, factor=False)[1]
+        T = _agreed(_quotient(Z, R, unit, rank, last=False), Z, sweeps.rows)
         if T is None:
-            T = self._transposed(Q, cols)
-        T = T.to(self.dtype)
-        norm = self._norm(rows)
-        operand = Operand(rows, cols, self.like, _no_product, _no_product, lambda _: norm)
-        basis = _Basis(operand, self.seed)
-        basis.Q, basis.T, basis.probes = Q, T, Y[:, -PROBES:]
-        basis.complete = width == min(rows.size, n)
-        basis.sweeps = self.sweeps
-        basis.factor()
-        swapped = self.source.transposed
-        return basis.result(operand.transposed() if swapped else operand, rank, None, swapped)
+            T = sweeps.transposed(sweeps.rows.qr(Y)[0])
+        del Y, Z  # as large as U
+        T = T.to(dtype)
+        X = cols.orthonormalize(T, None, seed)
+        X = (X @ torch.linalg.svd((X.mT @ T).double())[0].to(dtype)).contiguous()
+        cols.same(X)
+    Y, Z, unit = sweeps.sweep(X, probe_seed=seed)
+    rows = sweeps.rows
+    width = _width(width, rank, rows)
+    Q, R = rows.qr(Y[:, :width])
+    Z = Z[:, :width]
+    T = _agreed(_quotient(Z, R, unit, rank, last=True), Z, rows)
+    if T is None:
+        T = sweeps.transposed(Q)
+    norm = sweeps.norm()
+    operand = Operand(
+        rows, cols, sweeps.like, lambda X: sweeps.sweep(X).Y, sweeps.transposed, lambda _: norm
+    )
+    basis = _Basis(operand, seed)
+    basis.Q, basis.T, basis.probes = Q, T.to(dtype), Y[:, -PROBES:]
+    basis.complete = width == min(rows.size, n)
+    basis.sweeps = sweeps.count
+    basis.factor()
+    swapped = sweeps.source.transposed
+    return basis.result(operand.transposed() if swapped else operand, rank, None, swapped)
 
-    # ---- readings ---------------------------------------------------------------------------
-    def _sweep(self, X: Tensor, cols: Side, *, probe: bool) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Y; Z in units of `unit`; R of Y. The last sweep has the probes beside Y instead of R, and
-        the norm."""
-        width = X.shape[1]
-        wide = X
-        if probe:
-            G = cols.sketch(PROBES, self.seed, _PROBE_NUMBER, self.like)
-            wide = torch.cat([X, G], 1)
-        kept: list[Tensor] = []
-        R = X.new_zeros(0, width)
-        Z = torch.zeros(self.width, width, dtype=torch.float64, device=X.device)
-        unit = 0.0
-        total = torch.zeros_like(Z[:, 0]) if self.center and self.count is None else None
-        self._squares: list[float] = []
-        out = None if self.count is None else X.new_empty(self.count, wide.shape[1])
 
-        def take(block: Tensor, first: int) -> None:
-            nonlocal R, unit
-            A = self._centred(block)
-            Y = _times(A, wide, self._sparse_shift(A))
-            if out is None:
-                kept.append(Y)
-            else:
-                out[first : first + len(Y)] = Y
-            Y = Y[:, :width]
-            largest = float(Y.abs().amax()) if len(Y) else 0.0
-            if not largest < math.inf:
-                self._refuse(block)
-            if largest > 0:
-                scale = 2.0 ** math.floor(math.log2(largest))
-                if scale > unit:  # squares of Y stay in range
-                    Z.mul_(unit / scale)
-                    unit = scale
-                part = _transposed_times(A, Y / scale, self._sparse_shift(A))
-                if not part.isfinite().all():
-                    self._refuse(block)
-                Z.add_(part, alpha=scale / unit)
-                if not probe:
-                    R = torch.linalg.qr(torch.cat([R, Y]), mode="r").R
-            if total is not None:
-                total.add_(_column_sums(block.to(Z.device)))
-            if probe:
-                self._squares.append(self._block_norm(A))
+def _width(width: int, rank: int, rows: Side) -> int:
+    if rank > rows.size:
+        raise ValueError(f"{_OP}: rank is {rank}, wanted 1 to {rows.size}, the number of rows")
+    return min(width, rows.size)
 
-        self._read(take)
-        rows = Side.of_shard(self.count or 0, self.group, Z.device)
-        if total is not None and self.shift is not None:
-            self.shift = (rows.sum(total) / max(rows.size, 1)).to(self.dtype)
-        R = torch.nn.functional.pad(R, (0, 0, 0, width - len(R)))
-        if self.group is not None:
-            units = torch.tensor([unit], dtype=torch.float64, device=Z.device)
-            rows.max(units)
-            Z.mul_(unit / float(units) if float(units) else 1.0)
-            unit = float(units)
-            R = torch.linalg.qr(torch.cat(rows.gather(R)), mode="r").R
-        rows.sum(Z)
-        Y = torch.cat(kept) if out is None else out
-        return Y, Z, R, unit
 
-    def _transposed(self, Q: Tensor, cols: Side) -> Tensor:
-        """``A^T Q`` in one more reading."""
-        T = torch.zeros(self.width, Q.shape[1], dtype=torch.float64, device=Q.device)
-
-        def take(block: Tensor, first: int) -> None:
-            A = self._centred(block)
-            part = _transposed_times(A, Q[first : first + len(block)], self._sparse_shift(A))
-            if not part.isfinite().all():
-                self._refuse(block)
-            T.add_(part)
-
-        self._read(take)
-        return Side(0, self.group, self._ranks()).sum(T)
-
-    def _read(self, take: Callable[[Tensor, int], None]) -> None:
-        """Calls ``take(block, first row)`` for all blocks of a sweep."""
-
-        def sweep() -> None:
-            rows = 0
-            with reading_ahead(self.source) as blocks:
-                for block in blocks:
-                    if block.shape[1] != self.width:
-                        raise ValueError(
-                            f"{_OP}: a block after {rows} rows has {block.shape[1]} columns, "
-                            f"wanted {self.width} as the first has"
-                        )
-                    if self.count is not None and rows + len(block) > self.count:
-                        raise ValueError(
-                            f"{_OP}: sweep {self.sweeps} has more than the {self.count} rows of "
-                            "the first"
-                        )
-                    take(block, rows)
-                    rows += len(block)
-                    self.bar.advance(block)
-            if self.count is not None and rows != self.count:
-                raise ValueError(
-                    f"{_OP}: sweep {self.sweeps} has {rows} rows, the first had {self.count}"
-                )
-            self.count = rows
-
-        self.sweeps += 1
-        self.bar.restart(f"sweep {self.sweeps}")
-        together(_OP, self.group, sweep)
-
-    def _centred(self, block: Tensor) -> Tensor:
-        """The block in the type and place of the computation, a dense one less the mean."""
-        if block.layout == torch.sparse_csr:
-            return torch.sparse_csr_tensor(
-                block.crow_indices().int(),
-                block.col_indices().int(),
-                block.values().to(self.dtype),
-                block.shape,
-                device=self.like.device,
-                check_invariants=True,
-            )
-        A = block.to(self.like)
-        if self.shift is not None:
-            # In one place: the heap would keep holes between what is allocated in the meantime.
-            if self._room is None or len(self._room) < len(A):
-                self._room = torch.empty_like(A)
-            return torch.sub(A, self.shift, out=self._room[: len(A)])
-        if self.center:  # what comes are columns
-            return A - A.mean(1, keepdim=True, dtype=torch.float64).to(self.dtype)
-        return A
-
-    def _sparse_shift(self, A: Tensor) -> Tensor | None:
-        return self.shift if A.layout == torch.sparse_csr else None
-
-    def _block_norm(self, A: Tensor) -> float:
-        if A.layout == torch.sparse_csr:
-            values = A.values().double()
-            if self.shift is None:
-                return norm_of([values], Side(0), self.like)
-            shift, col = self.shift.double(), A.col_indices().long()
-            empty = len(A) - torch.bincount(col, minlength=self.width)
-            return norm_of([values - shift[col], shift * empty.sqrt()], Side(0), self.like)
-        # Rows in their own type: a float32 sum of n squares errs by less than the products do.
-        found = float(torch.linalg.vector_norm(A, dim=1).double().square().sum().sqrt())
-        if 1e-12 < found < 1e18:
-            return found
-        return norm_of([A], Side(0), self.like)
-
-    def _norm(self, rows: Side) -> float:
-        return norm_of(
-            [torch.tensor(self._squares, dtype=torch.float64, device="cpu")], rows, self.like
-        )
-
-    def _refuse(self, block: Tensor) -> None:
-        values = block.values() if block.layout == torch.sparse_csr else block
-        reason = (
-            f"products exceed the range of {self.dtype}"
-            if bool(values.isfinite().all())
-            else "a block contains NaN or Inf"
-        )
-        raise torch.linalg.LinAlgError(f"{_OP}: {reason}")  # type: ignore[attr-defined]
-
-    # ---- ranks ------------------------------------------------------------------------------
-    def _rows(self, rank: int) -> Side:
-        rows = Side.of_shard(self.count or 0, self.group, self.like.device)
-        if rows.size == 0:
-            raise ValueError(f"{_OP}: there are no rows")
-        if rank > rows.size:
-            raise ValueError(f"{_OP}: rank is {rank}, wanted 1 to {rows.size}, the number of rows")
-        return rows
-
-    def _ranks(self) -> list[int]:
-        return [0] * (1 if self.group is None else dist.get_world_size(self.group))
-
-    def _agreed(self, T: Tensor | None, Z: Tensor, rows: Side) -> Tensor | None:
-        """T or None as the first rank has it: rounding must not have them read again alone."""
-        (lost,) = rows.agreed([float(T is None)], Z.device)
-        if lost:
-            return None
-        T = torch.empty_like(Z, memory_format=torch.contiguous_format) if T is None else T
-        T = T.contiguous()
-        rows.same(T)
-        return T
+def _agreed(T: Tensor | None, Z: Tensor, rows: Side) -> Tensor | None:
+    """T or None as the first rank has it: rounding must not have them read again alone."""
+    (lost,) = rows.agreed([float(T is None)], Z.device)
+    if lost:
+        return None
+    T = torch.empty_like(Z, memory_format=torch.contiguous_format) if T is None else T
+    T = T.contiguous()
+    rows.same(T)
+    return T
 
 
 def _quotient(Z: Tensor, R: Tensor, unit: float, rank: int, last: bool) -> Tensor | None:
@@ -474,30 +245,3 @@ def _quotient(Z: Tensor, R: Tensor, unit: float, rank: int, last: bool) -> Tenso
     R.diagonal()[drop] = 1
     Z[:, drop] = 0
     return torch.linalg.solve_triangular(R, Z, upper=True, left=False)
-
-
-def _times(A: Tensor, X: Tensor, shift: Tensor | None) -> Tensor:
-    Y = A @ X
-    return Y if shift is None else Y - shift @ X
-
-
-def _transposed_times(A: Tensor, Y: Tensor, shift: Tensor | None) -> Tensor:
-    if A.layout != torch.sparse_csr:
-        return A.mT @ Y
-    out = A.t() @ Y.contiguous()
-    return out if shift is None else out - torch.outer(shift, Y.sum(0))
-
-
-def _column_sums(block: Tensor) -> Tensor:
-    if block.layout == torch.strided:
-        return block.sum(0, dtype=torch.float64)
-    ones = torch.ones(1, len(block), dtype=torch.float64, device=block.device)
-    wide = torch.sparse_csr_tensor(
-        block.crow_indices(), block.col_indices(), block.values().double(), block.shape,
-        check_invariants=False,
-    )  # fmt: skip
-    return (wide.t() @ ones.mT)[:, 0]
-
-
-def _no_product(X: Tensor) -> Tensor:
-    raise NotImplementedError

@@ -145,18 +145,26 @@ class Side:
         """``X^T Y``"""
         return self.sum(X.mT @ Y)
 
-    def qr(self, Y: Tensor) -> tuple[Tensor, Tensor]:
-        """Q with orthonormal columns whatever Y is, and R, of ``Y (size, b)``, ``b <= size``."""
-        if len(Y) > 2 * _QR_ROWS:
-            parts = [torch.linalg.qr(part) for part in Y.split(_QR_ROWS)]
-            merged, R = torch.linalg.qr(torch.cat([R for _, R in parts]))
+    def qr(self, Y: Tensor, *, factor: bool = True) -> tuple[Tensor, Tensor]:
+        """Q with orthonormal columns whatever Y is, and R, of ``Y (size, b)``, ``b <= size``.
+        Without `factor` Q is empty, and a third of the work is left."""
+        mode = "reduced" if factor else "r"
+
+        def local() -> tuple[Tensor, Tensor]:
+            if len(Y) <= 2 * _QR_ROWS:
+                return torch.linalg.qr(Y, mode)
+            parts = [torch.linalg.qr(part, mode) for part in Y.split(_QR_ROWS)]
+            merged, R = torch.linalg.qr(torch.cat([R for _, R in parts]), mode)
+            if not factor:
+                return merged, R
             start = 0
-            Q = torch.empty_like(Y)
+            Q = Y.new_empty(Y.shape)
             for out, (part, _) in zip(Q.split(_QR_ROWS), parts, strict=True):
                 torch.mm(part, merged[start : start + part.shape[1]], out=out)
                 start += part.shape[1]
-        else:
-            Q, R = torch.linalg.qr(Y)
+            return Q, R
+
+        Q, R = together("QR", self._everyone, local)  # where memory may end
         if self.group is None:
             return Q, R
         b = Y.shape[1]
@@ -166,6 +174,8 @@ class Side:
         lengths = [min(count, b) for count in self.counts]
         stack = [part[:n] for part, n in zip(self.gather(padded), lengths, strict=True)]
         merged, R = torch.linalg.qr(torch.cat(stack))
+        if not factor:
+            return Q, R
         start = sum(lengths[: dist.get_rank(self.group)])
         return Q @ merged[start : start + Q.shape[1]], R
 

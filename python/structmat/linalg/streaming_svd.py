@@ -2,18 +2,15 @@
 """Singular values and right singular vectors of a matrix whose rows arrive in a stream."""
 
 import copy
-import operator
-from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import streaming_checks as checks
+from .streaming_checks import SETTINGS, STATE, require_no_graph
 from .svd import _DTYPES, SVDInfo, SVDResult
-
-_SETTINGS = ("n_features", "rank", "decay", "center", "seed")
-_STATE = ("buffer", "factor", "mean", "facts")  # StreamingSvdState of structmat/streaming_svd.h
 
 
 class StreamingSVD:
@@ -93,8 +90,8 @@ class StreamingSVD:
         device: torch.device | str | None = None,
     ) -> None:
         op = "StreamingSVD"
-        n_features = _integer(op, "n_features", n_features)
-        rank, seed = _integer(op, "rank", rank), _integer(op, "seed", seed)
+        n_features = checks.integer(op, "n_features", n_features)
+        rank, seed = checks.integer(op, "rank", rank), checks.integer(op, "seed", seed)
         if not issubclass(type(decay), Real) or isinstance(decay, bool):
             raise TypeError(f"{op}: decay must be a number, got {type(decay).__name__}")
         if not isinstance(center, bool):
@@ -163,7 +160,7 @@ class StreamingSVD:
             >>> stream.update(torch.ones(3, 4)).update(torch.ones(4)).rows_seen
             4
         """
-        rows = self._checked(rows)
+        rows = checks.rows(self, rows)
         if rows.layout == torch.sparse_csr:
             parts = (rows.crow_indices().long(), rows.col_indices().long(), rows.values())
             torch.ops.structmat.streaming_svd_update_csr(
@@ -208,11 +205,11 @@ class StreamingSVD:
             raise TypeError(f"{op}: other must be a StreamingSVD, got {type(other).__name__}")
         if other.dtype != self.dtype:
             raise TypeError(f"{op}: other has dtype {other.dtype}, wanted {self.dtype}")
-        for name in (*_SETTINGS, "device"):
+        for name in (*SETTINGS, "device"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise ValueError(f"{op}: other has {name} {theirs}, wanted {mine}")
-        _require_no_graph(op, self._buffer)
+        require_no_graph(op, self._buffer)
         state = [t.clone() if other is self else t for t in other._tensors()]
         seen, buffered = other.rows_seen, other._buffered
         torch.ops.structmat.streaming_svd_merge(*self._state(), *state, seen, buffered)
@@ -297,8 +294,8 @@ class StreamingSVD:
             True
         """
         tensors = [t.clone() for t in (self._buffer[: self._buffered], *self._tensors()[1:])]
-        state = dict(zip(_STATE, tensors, strict=True))
-        for name in (*_SETTINGS, "rows_seen"):
+        state = dict(zip(STATE, tensors, strict=True))
+        for name in (*SETTINGS, "rows_seen"):
             state[name] = torch.tensor(getattr(self, name))
         state["decay"] = torch.tensor(self.decay, dtype=torch.float64)
         return state
@@ -319,46 +316,8 @@ class StreamingSVD:
 
             After any of these the state is what it was before the call.
         """
-        op = "StreamingSVD.load_state_dict"
-        if not isinstance(state, Mapping):
-            raise TypeError(f"{op}: state must be a mapping, got {type(state).__name__}")
-        wanted = {*_STATE, *_SETTINGS, "rows_seen"}
-        if set(state) != wanted:
-            raise ValueError(
-                f"{op}: missing {sorted(wanted - set(state))}, "
-                f"unknown {sorted(set(state) - wanted, key=str)}"
-            )
-        for name, value in state.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-            if value.layout != torch.strided or value.is_meta:
-                raise TypeError(
-                    f"{op}: {name} must be dense, got layout {value.layout} on {value.device}"
-                )
-            if name not in _STATE and value.numel() != 1:
-                raise ValueError(f"{op}: {name} has {value.numel()} elements, wanted 1")
-        for name in _SETTINGS:
-            mine, theirs = getattr(self, name), state[name].item()
-            if mine != theirs:
-                raise ValueError(f"{op}: the state has {name} {theirs}, wanted {mine}")
-        found = [state[name].detach() for name in _STATE]
-        buffered = found[0].shape[0] if found[0].dim() == 2 else -1
-        for name, value, own in zip(_STATE, found, self._tensors(), strict=True):
-            shape = (buffered, self.n_features) if name == "buffer" else tuple(own.shape)
-            if value.dtype != own.dtype:
-                raise TypeError(f"{op}: {name} has dtype {value.dtype}, wanted {own.dtype}")
-            if tuple(value.shape) != shape:
-                raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, wanted {shape}")
-            if not value.isfinite().all():
-                raise ValueError(f"{op}: {name} contains NaN or Inf")
-        lost, largest = found[3].tolist()
-        if lost < 0 or largest < 0 or (largest > 0 and self.dtype != torch.float64):
-            raise ValueError(f"{op}: facts are {lost} and {largest}, which no rows lead to")
-        rows = state["rows_seen"].item()
-        if not isinstance(rows, int) or isinstance(rows, bool):
-            raise ValueError(f"{op}: rows_seen is {rows}, wanted an integer")
-        if not 0 <= buffered < self._buffer.shape[0] or buffered > rows:
-            raise ValueError(f"{op}: {buffered} rows of {rows} are in the buffer, wanted fewer")
+        found, rows = checks.state(self, state)
+        buffered = found[0].shape[0]
         buffer = torch.zeros_like(self._buffer)
         buffer[:buffered].copy_(found[0])
         others = [torch.empty_like(own) for own in self._tensors()[1:]]
@@ -391,7 +350,7 @@ class StreamingSVD:
     def _folded(self, op: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The state with nothing buffered. The state itself stays as it is, so that asking for a
         result does not change later ones."""
-        _require_no_graph(op, self._buffer)
+        require_no_graph(op, self._buffer)
         if self._buffered == 0:
             return self._tensors()
         tensors = (self._buffer, self._factor.clone(), self._mean.clone(), self._facts.clone())
@@ -403,65 +362,6 @@ class StreamingSVD:
     def _require_rows(self, op: str) -> None:
         if self.rows_seen == 0:
             raise ValueError(f"{op}: no rows were seen yet")
-
-    def _checked(self, rows: Tensor) -> Tensor:
-        """The rows as a matrix; raises for those the state does not take."""
-        op = "StreamingSVD.update"
-        if not isinstance(rows, Tensor):
-            raise TypeError(f"{op}: rows must be a tensor, got {type(rows).__name__}")
-        if rows.layout not in (torch.strided, torch.sparse_csr):
-            raise TypeError(f"{op}: rows must be dense or CSR, got layout {rows.layout}")
-        if rows.dtype != self.dtype:
-            raise TypeError(f"{op}: rows are {rows.dtype}, wanted {self.dtype}")
-        if rows.device != self.device:
-            raise ValueError(f"{op}: rows are on {rows.device}, wanted {self.device}")
-        if rows.dim() not in (1, 2) or rows.shape[-1] != self.n_features:
-            raise ValueError(
-                f"{op}: rows have shape {tuple(rows.shape)}, wanted (b, {self.n_features}) or "
-                f"({self.n_features},)"
-            )
-        if rows.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{op}: rows require grad, but have no gradient here; detach them")
-        _require_no_graph(op, self._buffer)
-        rows = rows.detach()
-        values = rows
-        if rows.layout == torch.sparse_csr:
-            try:
-                torch.sparse_csr_tensor(
-                    rows.crow_indices(),
-                    rows.col_indices(),
-                    rows.values(),
-                    rows.shape,
-                    check_invariants=True,
-                )
-            except RuntimeError as error:
-                raise ValueError(f"{op}: rows are no valid CSR tensor: {error}") from error
-            values = rows.values()
-        if rows.dim() == 1:
-            rows = values = rows[None]
-        if values.dim() == 1:
-            values = values[None]
-        if not float(torch.ops.structmat.streaming_svd_check(values)):
-            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-                f"{op}: rows contain NaN or Inf"
-            )
-        return rows
-
-
-def _integer(op: str, name: str, value: Any) -> int:
-    if not isinstance(value, bool):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
-
-
-def _require_no_graph(op: str, tensor: Tensor) -> None:
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{op}: a CUDA graph is being captured, wanted none: its replay would not count rows"
-        )
 
 
 def _fake(*arguments: Any) -> None:
