@@ -38,7 +38,7 @@ constexpr unsigned measure_count(std::int64_t entries) {
 // What the kernels of one decomposition tell each other. Written without atomics: threads that
 // write a flag at the same time write the same value.
 struct State {
-  int done_at;     // the pass that makes the panel orthonormal: later ones have nothing to do
+  int done_at;     // the pass that made the panel orthonormal: later ones have nothing to do
   int overflowed;  // a product left the range of its type
 };
 
@@ -163,12 +163,11 @@ __device__ T extreme(const T* partial, int slabs, std::int64_t cols, std::int64_
   return value;
 }
 
-// Scales each column by a power of two to a largest entry in [1, 2). Starts an orthonormalisation.
+// Scales each column by a power of two to a largest entry in [1, 2).
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    normalize_kernel(Panel<T> y, const T* partial, int slabs, State* state) {
+    normalize_kernel(Panel<T> y, const T* partial, int slabs) {
   constexpr int kRows = kThreads / 32, kTile = 256;
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) state->done_at = kMaxOrthPasses;
   const std::int64_t j = static_cast<std::int64_t>(blockIdx.y) * 32 + threadIdx.x % 32;
   if (j >= y.cols) return;
   const T value = extreme(partial, slabs, y.cols, j);
@@ -180,29 +179,6 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t last = first + kTile < y.rows ? first + kTile : y.rows;
   for (std::int64_t r = first + threadIdx.x / 32; r < last; r += kRows)
     y.data[r * y.stride + j] *= scale;
-}
-
-// y <- product, but for empty columns, which become random.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    refill_kernel(Panel<T> y, const T* product, const int* empty, std::uint64_t seed,
-                  std::uint32_t stream, const State* state, int pass) {
-  if (state->done_at < pass) return;
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  const T scale = static_cast<T>(1 / sqrt(static_cast<double>(y.rows)));
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-       i < y.rows * y.cols; i += step) {
-    const std::int64_t r = i / y.cols, j = i % y.cols;
-    T value = product[i];
-    if (empty[j] != 0) {
-      const Philox drawn = random_words(r, j / 4, seed, stream);
-      const int k = static_cast<int>(j % 4);
-      const std::uint32_t* word = drawn.word;  // no indexing by k: that would need local memory
-      value = scale * gaussian_from_word(k < 2 ? (k == 0 ? word[0] : word[1])
-                                               : (k == 2 ? word[2] : word[3]));
-    }
-    y.data[r * y.stride + j] = value;
-  }
 }
 
 // Flips the columns of U, or the rows of Vh, where U's extreme entry is negative.
