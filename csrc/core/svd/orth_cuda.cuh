@@ -72,6 +72,7 @@ __device__ inline void factor_block(double (&d)[kBlock][kBlock], double (&invers
   double own[kEach];
   SM_UNROLL
   for (int k = 0; k < kEach; ++k) own[k] = d[warp + k * kWarps][lane];
+  SM_ROLLED
   for (int j = 0; j < size; ++j) {
     double* row = rows[j % 2];
     SM_UNROLL
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  double mine = 0;  // this thread's share of ||R^-1||_F^2
+  sums[threadIdx.x] = 0;  // this thread's share of ||R^-1||_F^2
   for (std::int64_t b = 0; b < n; b += kBlock) {
     const int size = static_cast<int>(n - b < kBlock ? n - b : kBlock);
     // Columns of G from the block on, then those of R^-T up to its end: those before are zero.
@@ -182,6 +183,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       if (!used) continue;
       substitute(x, d, pivots);
+      double sum = 0;
       SM_UNROLL
       for (int i = 0; i < kBlock; ++i) {
         if (i >= size) continue;
@@ -190,12 +192,12 @@ __global__ void __launch_bounds__(kThreads)
         else if (of_gram && small[i] != 0)
           x[i] = 0;
         else if (!of_gram)
-          mine += x[i] * x[i];
+          sum += x[i] * x[i];
         matrix[(b + i) * n + c] = x[i];
       }
+      sums[threadIdx.x] += sum;
     }
   }
-  sums[threadIdx.x] = mine;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];

@@ -84,21 +84,17 @@ struct Buffers {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) copy_kernel(Panel<T> from, Panel<T> to) {
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-       i < from.rows * from.cols; i += step)
-    to.data[i / from.cols * to.stride + i % from.cols] =
-        from.data[i / from.cols * from.stride + i % from.cols];
+  for (Entries e(from.rows, from.cols); e.left(); e.next())
+    to.data[e.row * to.stride + e.col] = from.data[e.row * from.stride + e.col];
 }
 
+// to <- a panel, in double, in pass `pass` over it
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    widen_kernel(Panel<T> from, double* to, const State* state, int pass) {
+    widen_kernel(Panel<T> from, Panel<double> to, const State* state, int pass) {
   if (pass > 0 && state->done_at < pass) return;
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-       i < from.rows * from.cols; i += step)
-    to[i] = from.data[i / from.cols * from.stride + i % from.cols];
+  for (Entries e(from.rows, from.cols); e.left(); e.next())
+    to.data[e.row * to.stride + e.col] = from.data[e.row * from.stride + e.col];
 }
 
 // The facts, from the partial norms. One block.
@@ -200,7 +196,7 @@ class CudaEngine {
       if (!alone) project(y, before, pass);
       if (!in_double && (pass == 0 || !alone))
         SM_LAUNCH(widen_kernel<T>, blocks_for(y.rows * y.cols), kThreads, 0, context_.stream, y,
-                  wide.data, buffers_.orth.state, pass);
+                  wide, buffers_.orth.state, pass);
       const bool settles = (alone || pass > 0) && pass + 1 < passes;
       orth_pass(context_, buffers_.orth, {pass, settles, noise, growth, kept, seed_, ++stream},
                 wide, y);
