@@ -5,6 +5,7 @@
 #include "cuda/arena.h"
 #include "cuda/device.h"
 #include "cuda/gemm.h"
+#include "cuda/side_streams.h"
 #include "random/random_kernels.h"
 #include "structmat/error.h"
 #include "svd/jacobi_cuda.cuh"
@@ -336,6 +337,25 @@ void randomized_svd_cuda(const Context& context, const StridedMatrixView& b, con
 std::size_t randomized_svd_workspace_cuda(const StridedMatrixView& b, const SvdPlan& plan) {
   return b.dtype == DType::f64 ? Buffers<double>(nullptr, plan, Stored(b)).bytes
                                : Buffers<float>(nullptr, plan, Stored(b)).bytes;
+}
+
+void run_lanes_cuda(const Context& context, const SvdLanes& lanes,
+                    const std::function<void(const Context&, std::int64_t)>& run) {
+  cuda::SideStreams streams(context.stream, lanes.lanes);
+  const auto count = static_cast<std::int64_t>(lanes.lane.size());
+  for (std::int64_t i = 0; i < count; ++i) {
+    const int lane = lanes.lane[static_cast<std::size_t>(i)];
+    if (lane < 0) continue;
+    Context own = context;
+    own.stream = streams[lane];
+    own.workspace = static_cast<unsigned char*>(context.workspace) +
+                    static_cast<std::size_t>(lane) * lanes.bytes_of_lane;
+    own.workspace_bytes = lanes.bytes_of_lane;
+    run(own, i);
+  }
+  streams.join();
+  for (std::int64_t i = 0; i < count; ++i)
+    if (lanes.lane[static_cast<std::size_t>(i)] < 0) run(context, i);
 }
 
 }  // namespace structmat
