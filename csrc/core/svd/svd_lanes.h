@@ -9,7 +9,7 @@
 
 namespace structmat {
 
-// A matrix of 4096 x 4096 and rank 64 is some 400 launches; in most of them one to sixty of the 132
+// A matrix of 4096 x 4096 and rank 64 is some 300 launches; in most of them one to sixty of the 132
 // multiprocessors of an H200 have work: the triangular factors one, the Jacobi rotations five,
 // products of 80 columns 32 tiles. So whole matrices run beside each other, on streams of their
 // own, rather than all steps batched: shapes need not agree, and every matrix keeps the bits of a
