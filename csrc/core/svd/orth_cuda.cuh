@@ -15,8 +15,8 @@
 //   ... without R^-T     9            32            115
 //   substitution      2, 2, 7     14, 14, 43    46, 46, 139   m n^2 / 2 FMAs, a warp a scheduler
 //
-// An explicit R^-1 and cuBLAS would take 2 m n^2 FLOPs at twice the rate in the third line's place:
-// no less.
+// A product with an explicit R^-1 would take what the Gram matrix does: at best 11 us less for up to
+// 144 columns, of the 400 us of a power step with a 16384 x 4096 matrix.
 #pragma once
 #include <type_traits>
 
@@ -104,7 +104,7 @@ __global__ void start_kernel(State* state) {
 // host. A row with a small pivot becomes one of the identity: pivot 0 marks it. R^-T, in `inverse`,
 // tells whether this pass is the last; without `settles` it is not looked at. One block: a thread
 // has a column of G or of R^-T, and a block of its rows at a time.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     orth_factor_kernel(double* gram, double* inverse, OrthColumns columns, std::int64_t n, int pass,
                        bool settles, double noise, double growth, double kept, State* state) {
   alignas(16) __shared__ double d[kBlock][kBlock], above[kBlock][kBlock];
@@ -222,7 +222,7 @@ constexpr int kSolveRows = 64;
 // the diagonal. Empty columns become random. 25 KB of shared memory and 64 threads a block: 8 of
 // them on an SM, and 4096 rows are 64 blocks of two warps, one a scheduler.
 template <class T>
-__global__ void __launch_bounds__(kSolveRows)
+__global__ void __launch_bounds__(kSolveRows, 8)
     orth_solve_kernel(Panel<double> y, Panel<T> to, const double* r, OrthColumns columns,
                       std::uint64_t seed, std::uint32_t stream, const State* state, int pass) {
   constexpr int kWarps = kSolveRows / 32;
