@@ -39,8 +39,11 @@ def matrix(m: int, n: int, device: str) -> torch.Tensor:
 
 @cache
 def gesvdr() -> Gesvdr | None:
+    """None, and why, where it does not decompose a small matrix."""
     try:
-        return Gesvdr()
+        found = Gesvdr()
+        found(torch.randn(100, 50, device="cuda"), 5)
+        return found
     except (OSError, RuntimeError) as error:
         print(f"cuSOLVER gesvdr: skipped, {error}", file=sys.stderr)
         return None

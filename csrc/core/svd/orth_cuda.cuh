@@ -15,8 +15,8 @@
 //   ... without R^-T     9            32            115
 //   substitution      2, 2, 7     14, 14, 43    46, 46, 139   m n^2 / 2 FMAs, a warp a scheduler
 //
-// A product with an explicit R^-1 would take what the Gram matrix does: at best 11 us less for up to
-// 144 columns, of the 400 us of a power step with a 16384 x 4096 matrix.
+// A product with an explicit R^-1 would take what the Gram matrix does: at best 11 us less for up
+// to 144 columns, of the 400 us of a power step with a 16384 x 4096 matrix.
 #pragma once
 #include <type_traits>
 
