@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sm.linalg.randomized_svd against torch.svd_lowrank(q=rank + 10, niter=2) and scikit-learn.
+"""sm.linalg.randomized_svd against torch.svd_lowrank(q=rank + 10, niter=2), scikit-learn and, on a
+GPU, cuSOLVER's gesvdr with as many columns and steps as torch's (copying A, which it overwrites).
 
 python bench/bench_svd.py [--device cuda] [--tiny] [--accuracy] [--json FILE]
 Singular values i^-1/2. ratio: their time over ours. excess: the relative Frobenius error over that
 of the best matrix of this rank, minus 1. share: the time of the measured roofline for our products
 with A, over ours. --accuracy: the excess by number of sweeps for several spectra instead.
+On a GPU also: one power step against the time of reading A and of the arithmetic, and the linear
+layers of a model of 7 billion parameters (svd_on_gpu.py).
 """
 
+import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+from gesvdr import Gesvdr
 from harness import Roofline, measure, parser, start, synchronize, write
+from svd_on_gpu import block_of, model, step
 
 import structmat as sm
 
@@ -30,6 +37,18 @@ def matrix(m: int, n: int, device: str) -> torch.Tensor:
     return (left * sigma) @ right.T
 
 
+@cache
+def gesvdr() -> Gesvdr | None:
+    """None, and why, where it does not decompose a small matrix."""
+    try:
+        found = Gesvdr()
+        found(torch.randn(100, 50, device="cuda"), 5)
+        return found
+    except (OSError, RuntimeError) as error:
+        print(f"cuSOLVER gesvdr: skipped, {error}", file=sys.stderr)
+        return None
+
+
 def contenders(A: torch.Tensor, k: int) -> dict[str, Callable[[], Factors]]:
     def ours() -> Factors:
         U, S, Vh = sm.linalg.randomized_svd(A, k)
@@ -42,6 +61,8 @@ def contenders(A: torch.Tensor, k: int) -> dict[str, Callable[[], Factors]]:
         return U[:, :k], S[:k], V[:, :k].T
 
     found = {"structmat": ours, "torch": theirs}
+    if A.device.type == "cuda" and (cusolver := gesvdr()) is not None:
+        found["gesvdr"] = lambda: cusolver(A, k)
     if A.device.type == "cpu":
         try:
             from sklearn.utils.extmath import randomized_svd
@@ -66,9 +87,10 @@ def row(m: int, n: int, k: int, args: Any, roofline: Roofline) -> dict[str, Any]
         excess[name] = float((A - (U * S) @ Vh).double().norm()) / best - 1
     assert excess["structmat"] <= 1.01 * excess["torch"] + 1e-6, excess
     # As host code on the GPU too: torch's waits for the device, so it cannot be a graph.
-    seconds = measure(functions, "cpu", budget=6, tiny=args.tiny, settle=0.1)
+    settle, budget = (0.1, 6) if args.device == "cpu" else (0.0, 2)
+    seconds = measure(functions, "cpu", budget=budget, tiny=args.tiny, settle=settle)
     sweeps = sm.linalg.randomized_svd(A, k).info.sweeps
-    block = k + 8 if sweeps == 5 else (3 * k + 127) // 128 * 16  # csrc/core/svd/svd_plan.h
+    block = block_of(k) if sweeps == 5 else (3 * k + 127) // 128 * 16  # csrc/core/svd/svd_plan.h
     flops = 2 * m * n * block * sweeps
     floor = roofline.floor(flops, 4 * m * n * sweeps, torch.float32)
     ours = seconds["structmat"]
@@ -118,7 +140,8 @@ def layers(args: Any) -> dict[str, Any]:
             - 1
             for shape, A, (U, S, Vh) in found
         )
-    seconds = measure(functions, "cpu", budget=6, tiny=args.tiny, settle=0.1)
+    settle, budget = (0.1, 6) if args.device == "cpu" else (0.0, 2)
+    seconds = measure(functions, "cpu", budget=budget, tiny=args.tiny, settle=settle, least=2)
     ratio = {name: s / seconds["structmat"] for name, s in seconds.items() if name != "structmat"}
     return {
         "matrices": len(shapes),
@@ -166,6 +189,25 @@ def accuracy(m: int, n: int, k: int, device: str) -> list[dict[str, Any]]:
     return rows
 
 
+def on_gpu(args: Any, roofline: Roofline) -> dict[str, Any]:
+    steps = []
+    for size in SIZES["tiny" if args.tiny else "cuda"][:2]:
+        for dtype in (torch.float32, torch.bfloat16):
+            A = matrix(*size[:2], args.device).to(dtype)
+            steps.append(step(A, size[2], args, roofline))
+            found = steps[-1]
+            print(
+                f"a power step of {size[0]} x {size[1]}, rank {size[2]}, {found['dtype']}: "
+                f"{1e3 * found['power step']:.3f} ms, {found['over the larger']:.2f} of its floor"
+            )
+            del A
+    found = model(args)
+    print(f"the {found['matrices']} linear layers of a model, rank {found['rank']}")
+    for name, spent in found["seconds"].items():
+        print(f"  {name:16} {spent:8.3f} s")
+    return {"steps": steps, "model": [found]}
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--accuracy", action="store_true", help="errors instead of times")
@@ -192,7 +234,9 @@ def main() -> None:
     for name, spent in found["seconds"].items():
         ratio, excess = found["ratio"].get(name, 1.0), found["excess"][name]
         print(f"  {name:15} {1e3 * spent:8.1f} ms  ratio {ratio:5.2f}  excess {excess:.2e}")
-    write(args, "svd", rows)
+    write(args, "svd", rows)  # what follows may be cut off
+    if args.device == "cuda" or args.tiny:
+        write(args, "svd", rows, **on_gpu(args, roofline))
 
 
 if __name__ == "__main__":

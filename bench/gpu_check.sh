@@ -109,15 +109,16 @@ bench() {
 
 export -f environment build tests toolkit sanitizer bench
 export device work base python
-# All limits but the last together are the whole less 25 s; what is most worth knowing comes first. The
-# compression of a model, the longest bench, takes what is left.
+# What is most worth knowing comes first: a stage gets no more than its limit, nor than what is left of
+# the whole. The compression of a model, the longest bench, takes the rest.
 stage environment 10 bash -c environment
 stage build 150 bash -c build
 if (cd "$work" && "$python" -c 'import structmat'); then
   stage tests 130 bash -c tests
   stage bench_low_rank 60 bash -c "bench bench/bench_low_rank.py"
+  stage bench_svd 75 bash -c "bench bench/bench_svd.py"
   for file in bench/bench_*.py; do
-    case $file in */bench_low_rank.py | */bench_compress.py) continue ;; esac
+    case $file in */bench_low_rank.py | */bench_svd.py | */bench_compress.py) continue ;; esac
     stage "$(basename "$file" .py)" 25 bash -c "bench $file"
   done
   tools=(memcheck racecheck initcheck synccheck)

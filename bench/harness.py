@@ -99,8 +99,10 @@ def measure(
     budget: float = 0.6,
     tiny: bool = False,
     settle: float = 0.0,
+    least: int = 5,
 ) -> dict[str, float]:
-    """Median seconds of each contender, their runs alternating, for `budget` seconds in all.
+    """Median seconds of each contender, their runs alternating, for `budget` seconds in all and at
+    least `least` times.
 
     A run is as many calls as take 2 ms, up to 50.
 
@@ -116,7 +118,7 @@ def measure(
     for timer in timers.values():
         timer()
     times: dict[str, list[float]] = {name: [] for name in timers}
-    rounds = (2, 2) if tiny else (5, 2000)
+    rounds = (2, 2) if tiny else (least, 2000)
     end = time.perf_counter() + budget
     while len(times[next(iter(times))]) < rounds[0] or (
         time.perf_counter() < end and len(times[next(iter(times))]) < rounds[1]

@@ -97,6 +97,7 @@ T exchange(unsigned mask, T value, int source) {
     }(dim3(grid), dim3(block), shared_bytes, __VA_ARGS__);                       \
   } while (0)
 #define SM_UNROLL
+#define SM_ROLLED
 #define SM_ALLOW_SHARED(kernel, bytes) static_cast<void>(bytes)
 #define SM_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emulate::current->shared)
 

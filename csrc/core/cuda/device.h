@@ -27,6 +27,7 @@
                     std::string(#kernel ": shared memory: ") + cudaGetErrorString(sm_status)); \
   } while (0)
 #define SM_UNROLL _Pragma("unroll")
+#define SM_ROLLED _Pragma("unroll 1")  // where registers or code would run out
 #define SM_DYNAMIC_SHARED(T, name)                         \
   extern __shared__ __align__(128) unsigned char sm_raw[]; \
   T* name = reinterpret_cast<T*>(sm_raw)

@@ -7,40 +7,43 @@
 #include "linalg/linalg_kernels.h"
 #include "linalg/linalg_plan.h"
 #include "structmat/error.h"
-#include "svd/orth_solve_cuda.cuh"
+#include "svd/orth_cuda.cuh"
 
 namespace structmat {
 namespace {
 
 using namespace svd_cuda;
 
-// Passes whose Gram matrix is made by cuBLAS whatever comes; later ones may stand down.
-constexpr int kFastPasses = 2;
-
 struct OrthBuffers {
-  double *y, *gram, *inverse;  // (m, l), (l, l), (l, l)
-  double* extremes;            // (kMaxSlabs, l)
-  OrthColumns columns;
-  State* state;
-  void* gemm;
+  double *y, *extremes;  // (m, l), (kMaxSlabs, l)
+  OrthWork work;
   std::size_t bytes;
 
-  OrthBuffers(void* base, std::int64_t m, std::int64_t l) {
-    cuda::Arena arena(base);
+  OrthBuffers(void* base, std::int64_t m, std::int64_t l) : OrthBuffers(cuda::Arena(base), m, l) {}
+
+ private:
+  OrthBuffers(cuda::Arena arena, std::int64_t m, std::int64_t l) : work(arena, l) {
     y = arena.take<double>(m * l);
-    gram = arena.take<double>(l * l);
-    inverse = arena.take<double>(l * l);
     extremes = arena.take<double>(kMaxSlabs * l);
-    for (double** column :
-         {&columns.scale, &columns.pivot, &columns.size, &columns.left, &columns.residual})
-      *column = arena.take<double>(l);
-    columns.empty = arena.take<int>(l);
-    columns.settled = arena.take<int>(l);
-    state = arena.take<State>(1);
-    gemm = arena.take<unsigned char>(cuda::kGemmWorkspace);
     bytes = arena.used();
   }
 };
+
+// q <- y, and what is known of the columns; NaN where Y held NaN or Inf.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    orth_finish_kernel(Panel<double> y, Panel<T> q, OrthColumns columns, double* residual,
+                       const State* state) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const bool finite = state->overflowed == 0;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
+  const std::int64_t id = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (std::int64_t i = id; i < y.rows * y.cols; i += step) {
+    const std::int64_t r = i / y.cols, c = i % y.cols;
+    q.data[r * q.stride + c] = static_cast<T>(finite ? y.data[r * y.stride + c] : nan);
+  }
+  for (std::int64_t j = id; j < y.cols; j += step) residual[j] = finite ? columns.residual[j] : nan;
+}
 
 template <class T>
 void orthonormalize_as(const Context& context, const StridedMatrixView& from, std::uint64_t seed,
@@ -49,7 +52,7 @@ void orthonormalize_as(const Context& context, const StridedMatrixView& from, st
   const OrthBuffers b(context.workspace, m, l);
   const Panel<double> y{b.y, m, l, l};
   void* stream = context.stream;
-  SM_LAUNCH(orth_start_kernel, 1, kThreads, 0, stream, b.columns, l, b.state);
+  SM_LAUNCH(start_kernel, 1, 1, 0, stream, b.work.state);
   dispatch_dtype(from.dtype, [&](auto element) {
     using S = decltype(element);
     SM_LAUNCH((gather_kernel<S, double>), blocks_for(m * l), kThreads, 0, stream,
@@ -57,30 +60,19 @@ void orthonormalize_as(const Context& context, const StridedMatrixView& from, st
   });
   if (from.dtype == DType::f64) {  // squares of floats neither overflow nor vanish in double
     SM_LAUNCH(extremes_kernel<double>, dim3(tiles(l, 32), slab_count(m)), kThreads, 0, stream, y,
-              b.extremes, b.state);
+              b.extremes, b.work.state);
     SM_LAUNCH(normalize_kernel<double>, dim3(tiles(m, 256), tiles(l, 32)), kThreads, 0, stream, y,
-              b.extremes, static_cast<int>(slab_count(m)), b.state);
+              b.extremes, static_cast<int>(slab_count(m)));
   }
   const double eps = std::numeric_limits<T>::epsilon();
   const double growth = sizeof(T) == 8 ? 0.0 : eps * 0x1p49;
   const double noise = sizeof(T) == 8 ? 16 * eps : 0x1p-40;
-  for (int pass = 0; pass < kMaxOrthPasses; ++pass) {
-    if (pass < kFastPasses)
-      cuda::gemm(
-          context,
-          cuda::Gemm{true, false, l, l, m, b.y, l, b.y, l, b.gram, l, DType::f64, DType::f64},
-          b.gemm);
-    else
-      SM_LAUNCH((guarded_gemm_kernel<true, double, double>), dim3(tiles(l, 32), tiles(l, 32)),
-                kThreads, 0, stream, l, l, m, 1.0, b.y, l, b.y, l, 0.0, b.gram, l, b.state, pass);
-    SM_LAUNCH(orth_factor_kernel, 1, kThreads, 0, stream, b.gram, b.inverse, b.columns, l, pass,
-              noise, growth, b.state);
-    SM_LAUNCH(orth_solve_kernel, tiles(m, 64), kThreads, 0, stream, y, b.gram, b.columns, seed,
-              static_cast<std::uint32_t>(pass + 1), b.state, pass);
-  }
+  for (int pass = 0; pass < kMaxOrthPasses; ++pass)
+    orth_pass(context, b.work,
+              {pass, true, noise, growth, 0.0, seed, static_cast<std::uint32_t>(pass + 1)}, y, y);
   SM_LAUNCH(orth_finish_kernel<T>, blocks_for(m * l), kThreads, 0, stream, y,
-            (Panel<T>{static_cast<T*>(q.data), m, l, q.row_stride}), b.columns,
-            static_cast<double*>(residual.data), b.state);
+            (Panel<T>{static_cast<T*>(q.data), m, l, q.row_stride}), b.work.columns,
+            static_cast<double*>(residual.data), b.work.state);
 }
 
 // A as cuBLAS reads it, or how it is converted: rows or columns side by side.

@@ -29,23 +29,4 @@ constexpr int kMaxOrthPasses = 12;
 constexpr double kPivotThreshold = 1e-12;
 constexpr double kMaxGrowth = 1e14;
 
-// y <- a basis of span(y), orthogonal to the orthonormal `before`. Columns that bring nothing new
-// are replaced by random ones, of streams that `stream` counts. One pass makes a basis that is
-// merely well conditioned. On a GPU no step depends on a result the host would have to wait for:
-// passes do nothing once the basis is good.
-template <class Engine, class T>
-void orthonormalize(Engine& e, Panel<T> y, Panel<T> before, int passes, std::uint32_t& stream) {
-  if constexpr (requires { e.orthonormalize(y, before, passes, stream); }) {
-    e.orthonormalize(y, before, passes, stream);  // may look at the numbers
-  } else {
-    e.normalize(y);  // exact scaling by powers of two: no square overflows
-    for (int pass = 0; pass < passes; ++pass) {
-      if (before.cols > 0) e.project(y, before);
-      e.gram(y);
-      e.factor(y.cols, pass);
-      e.apply(y, ++stream);
-    }
-  }
-}
-
 }  // namespace structmat

@@ -139,6 +139,16 @@ void run_list_cpu(const Context& context, const SvdProblem* problems, std::int64
   });
 }
 
+SvdLanes lanes_of(const Context& context, const SvdProblem* problems, std::int64_t count) {
+  std::vector<std::int64_t> entries;
+  std::vector<std::size_t> bytes;
+  for (std::int64_t i = 0; i < count; ++i) {
+    entries.push_back(problems[i].a.rows * problems[i].a.cols);
+    bytes.push_back(randomized_svd_workspace(context, problems[i].a, problems[i].options));
+  }
+  return {entries, bytes};
+}
+
 }  // namespace
 
 void randomized_svd(const Context& context, const StridedMatrixView& a, const SvdOptions& options,
@@ -167,21 +177,17 @@ void randomized_svd(const Context& context, const SvdProblem* problems, std::int
     check_problem(p.a, p.options, p.u, p.s, p.vh, p.info);
   }
   if (context.device != Device::cuda) return run_list_cpu(context, problems, count);
-  check_workspace(context, randomized_svd_workspace(context, problems, count));
-  for (std::int64_t i = 0; i < count; ++i) {
+  const SvdLanes lanes = lanes_of(context, problems, count);
+  check_workspace(context, lanes.bytes);
+  run_lanes_cuda(context, lanes, [&](const Context& own, std::int64_t i) {
     const SvdProblem& p = problems[i];
-    const SvdPlan plan = plan_svd(p.a.rows, p.a.cols, p.options, Device::cuda);
-    randomized_svd_cuda(context, tall_view(p.a, plan), plan, p.options.seed, p.u, p.s, p.vh,
-                        p.info);
-  }
+    randomized_svd(own, p.a, p.options, p.u, p.s, p.vh, p.info);
+  });
 }
 
 std::size_t randomized_svd_workspace(const Context& context, const SvdProblem* problems,
                                      std::int64_t count) {
-  std::size_t most = 0;
-  for (std::int64_t i = 0; i < count; ++i)
-    most = std::max(most, randomized_svd_workspace(context, problems[i].a, problems[i].options));
-  return most;
+  return lanes_of(context, problems, count).bytes;
 }
 
 }  // namespace structmat

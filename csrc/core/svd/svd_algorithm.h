@@ -83,8 +83,10 @@ class SvdAlgorithm {
     return true;
   }
 
+  // y <- a basis of span(y), orthogonal to the orthonormal `before`. Columns that bring nothing new
+  // are replaced by random ones. One pass makes a basis that is merely well conditioned.
   void orthonormalize(Panel<T> y, Panel<T> before, int passes) {
-    structmat::orthonormalize(e, y, before, passes, random_streams);
+    e.orthonormalize(y, before, passes, random_streams);
   }
 
   static constexpr std::uint32_t kProbeStream = 1u << 31;

@@ -5,6 +5,7 @@
 #include "cuda/arena.h"
 #include "cuda/device.h"
 #include "cuda/gemm.h"
+#include "cuda/side_streams.h"
 #include "random/random_kernels.h"
 #include "structmat/error.h"
 #include "svd/jacobi_cuda.cuh"
@@ -18,8 +19,6 @@ namespace {
 
 using namespace svd_cuda;
 
-// Passes made by cuBLAS whatever comes; those after it are made by kernels that may stand down.
-constexpr int kFastPasses = 2;
 constexpr std::int64_t kConverted = std::int64_t{1} << 24;  // elements of A converted at a time
 
 // B as it is stored, columns side by side where that can be, and whether that is its transpose.
@@ -43,35 +42,30 @@ struct Stored {
 
 template <class T>
 struct Buffers {
-  T *q, *x, *t;  // (tall, l + probes), (small, l + probes), (small, l)
-  double* wide;  // (tall, block) or (small, l): a panel in double, or the product that replaces it
-  double *gram, *inverse;   // (l, l)
-  double *scale, *kept;     // (l)
-  T *c, *w;                 // (l, max(l, probes)): projections and R; (l, l): the factor of a pass
-  T* j;                     // (l, l): rotations
-  T *left, *right;          // (l, k): the columns of W and P
-  T *norms, *sigma, *unit;  // (l), (l), (1)
-  T* extremes;              // (kMaxSlabs, l)
-  int *empty, *rotated;     // (l), (kJacobiSweeps)
+  T *q, *x, *t;                    // (tall, l + probes), (small, l + probes), (small, l)
+  double* wide;                    // (tall, block) or (small, l): a panel of floats in double
+  T* c;                            // (l, max(l, probes)): projections and R
+  T* j;                            // (l, l): rotations
+  T *left, *right;                 // (l, k): the columns of W and P
+  T *norms, *sigma, *unit;         // (l), (l), (1)
+  T* extremes;                     // (kMaxSlabs, l)
+  int *place, *rotated;            // (l), (kJacobiSweeps)
   ScaledNorm *of_a, *of_t, *of_y;  // (kMaxMeasures)
-  State* state;
   T* converted;
-  void* gemm;
+  OrthWork orth;
   std::size_t bytes;
 
-  Buffers(void* base, const SvdPlan& plan, const Stored& a) {
-    cuda::Arena arena(base);
+  Buffers(void* base, const SvdPlan& plan, const Stored& a) : Buffers(cuda::Arena(base), plan, a) {}
+
+ private:
+  Buffers(cuda::Arena arena, const SvdPlan& plan, const Stored& a) : orth(arena, plan.basis()) {
     const std::int64_t l = plan.basis(), k = plan.rank;
     q = arena.take<T>(plan.tall * plan.stored());
     x = arena.take<T>(plan.small * plan.stored());
     t = arena.take<T>(plan.small * l);
-    wide = arena.take<double>(std::max(plan.tall * plan.block, plan.small * l));
-    gram = arena.take<double>(l * l);
-    inverse = arena.take<double>(l * l);
-    scale = arena.take<double>(l);
-    kept = arena.take<double>(l);
+    wide =
+        arena.take<double>(sizeof(T) == 8 ? 0 : std::max(plan.tall * plan.block, plan.small * l));
     c = arena.take<T>(l * std::max(l, plan.probes));
-    w = arena.take<T>(l * l);
     j = arena.take<T>(l * l);
     left = arena.take<T>(l * k);
     right = arena.take<T>(l * k);
@@ -79,33 +73,29 @@ struct Buffers {
     sigma = arena.take<T>(l);
     unit = arena.take<T>(1);
     extremes = arena.take<T>(kMaxSlabs * l);
-    empty = arena.take<int>(l);
+    place = arena.take<int>(l);
     rotated = arena.take<int>(kJacobiSweeps);
     of_a = arena.take<ScaledNorm>(kMaxMeasures);
     of_t = arena.take<ScaledNorm>(kMaxMeasures);
     of_y = arena.take<ScaledNorm>(kMaxMeasures);
-    state = arena.take<State>(1);
     converted = arena.take<T>(a.in_place ? 0 : a.panel_rows() * a.view.cols);
-    gemm = arena.take<unsigned char>(cuda::kGemmWorkspace);
     bytes = arena.used();
   }
 };
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) copy_kernel(Panel<T> from, Panel<T> to) {
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-       i < from.rows * from.cols; i += step)
-    to.data[i / from.cols * to.stride + i % from.cols] =
-        from.data[i / from.cols * from.stride + i % from.cols];
+  for (Entries e(from.rows, from.cols); e.left(); e.next())
+    to.data[e.row * to.stride + e.col] = from.data[e.row * from.stride + e.col];
 }
 
+// to <- a panel, in double, in pass `pass` over it
 template <class T>
-__global__ void __launch_bounds__(kThreads) widen_kernel(Panel<T> from, double* to) {
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-       i < from.rows * from.cols; i += step)
-    to[i] = from.data[i / from.cols * from.stride + i % from.cols];
+__global__ void __launch_bounds__(kThreads)
+    widen_kernel(Panel<T> from, Panel<double> to, const State* state, int pass) {
+  if (pass > 0 && state->done_at < pass) return;
+  for (Entries e(from.rows, from.cols); e.left(); e.next())
+    to.data[e.row * to.stride + e.col] = from.data[e.row * from.stride + e.col];
 }
 
 // The facts, from the partial norms. One block.
@@ -151,10 +141,6 @@ __global__ void __launch_bounds__(kThreads)
     vh.data[i / vh.cols * vh.stride + i % vh.cols] = nan;
 }
 
-__global__ void start_kernel(State* state) {
-  *state = {kOrthPasses, 0};
-}
-
 template <class T>
 class CudaEngine {
  public:
@@ -172,7 +158,7 @@ class CudaEngine {
         u_{static_cast<T*>(u.data), u.rows, u.cols, u.row_stride},
         s_{static_cast<T*>(s.data), 1, s.size, s.size},
         vh_{static_cast<T*>(vh.data), vh.rows, vh.cols, vh.row_stride} {
-    SM_LAUNCH(start_kernel, 1, 1, 0, context_.stream, buffers_.state);
+    SM_LAUNCH(start_kernel, 1, 1, 0, context_.stream, buffers_.orth.state);
     dispatch_dtype(b.dtype, [&](auto element) {
       using S = decltype(element);
       SM_LAUNCH(measure_kernel<S>, measure_count(b.rows * b.cols), kThreads, 0, context_.stream,
@@ -205,50 +191,31 @@ class CudaEngine {
               to);
   }
 
-  void normalize(Panel<T> y) {
-    extremes(y);
-    SM_LAUNCH(normalize_kernel<T>, dim3(tiles(y.rows, 256), tiles(y.cols, 32)), kThreads, 0,
-              context_.stream, y, buffers_.extremes, static_cast<int>(slab_count(y.rows)),
-              buffers_.state);
-    pass_ = 0;
-  }
-  void project(Panel<T> y, Panel<T> q) {
-    gemm(true, q.cols, y.cols, y.rows, 1, q.data, q.stride, y.data, y.stride, 0, buffers_.c,
-         y.cols);
-    gemm(false, y.rows, y.cols, q.cols, -1, q.data, q.stride, buffers_.c, y.cols, 1, y.data,
-         y.stride);
-  }
-  void gram(Panel<T> y) {
-    if (pass_ >= kFastPasses) {
-      guarded<true, T, double>(y.cols, y.cols, y.rows, 1, y.data, y.stride, y.data, y.stride, 0,
-                               buffers_.gram, y.cols);
-      return;
+  // See orth.h. What projection in T leaves of `before` grows with R^-1, so that a second pass
+  // always follows; the others stand down where they have nothing to do.
+  void orthonormalize(Panel<T> y, Panel<T> before, int passes, std::uint32_t& stream) {
+    constexpr bool in_double = std::is_same_v<T, double>;
+    const bool alone = before.cols == 0;
+    const double eps = std::numeric_limits<T>::epsilon();
+    const double growth = in_double || !alone ? 0.0 : eps * 0x1p49;
+    const double noise = in_double || !alone ? 16 * eps : 0x1p-40, kept = alone ? 0.0 : 0.1;
+    if (in_double || !alone) normalize(y);  // squares of floats neither overflow nor vanish
+    Panel<double> wide{buffers_.wide, y.rows, y.cols, y.cols};
+    if constexpr (in_double) wide = y;
+    for (int pass = 0; pass < passes; ++pass) {
+      if (!alone) project(y, before, pass);
+      if (!in_double && (pass == 0 || !alone))
+        SM_LAUNCH(widen_kernel<T>, blocks_for(y.rows * y.cols), kThreads, 0, context_.stream, y,
+                  wide, buffers_.orth.state, pass);
+      const bool settles = (alone || pass > 0) && pass + 1 < passes;
+      orth_pass(context_, buffers_.orth, {pass, settles, noise, growth, kept, seed_, ++stream},
+                wide, y);
     }
-    SM_LAUNCH(widen_kernel<T>, blocks_for(y.rows * y.cols), kThreads, 0, context_.stream, y,
-              buffers_.wide);
-    cublas<double>(true, y.cols, y.cols, y.rows, 1, buffers_.wide, y.cols, buffers_.wide, y.cols, 0,
-                   buffers_.gram, y.cols);
-  }
-  void factor(std::int64_t cols, int) {
-    SM_LAUNCH(factor_kernel<T>, 1, kThreads, 0, context_.stream, buffers_.gram, buffers_.inverse,
-              buffers_.scale, buffers_.kept, buffers_.w, buffers_.empty, cols, pass_,
-              buffers_.state);
-  }
-  void apply(Panel<T> y, std::uint32_t stream) {
-    T* product = reinterpret_cast<T*>(buffers_.wide);
-    gemm(false, y.rows, y.cols, y.cols, 1, y.data, y.stride, buffers_.w, y.cols, 0, product,
-         y.cols);
-    SM_LAUNCH(refill_kernel<T>, blocks_for(y.rows * y.cols), kThreads, 0, context_.stream, y,
-              product, buffers_.empty, seed_, stream, buffers_.state, pass_);
-    ++pass_;
   }
 
   // y <- (I - Q Q^T) y for y = B G, and its norm.
   void measure_outside(Panel<T> y, Panel<T> q) {
-    cublas<T>(true, q.cols, y.cols, q.rows, 1, q.data, q.stride, y.data, y.stride, 0, buffers_.c,
-              y.cols);
-    cublas<T>(false, y.rows, y.cols, q.cols, -1, q.data, q.stride, buffers_.c, y.cols, 1, y.data,
-              y.stride);
+    project(y, q, 0);
     SM_LAUNCH(measure_kernel<T>, measure_count(y.rows * y.cols), kThreads, 0, context_.stream,
               y.data, y.rows, y.cols, y.stride, std::int64_t{1}, buffers_.of_y);
   }
@@ -260,9 +227,9 @@ class CudaEngine {
     SM_LAUNCH(measure_kernel<T>, measure_count(t.rows * t.cols), kThreads, 0, stream, t.data,
               t.rows, t.cols, t.stride, std::int64_t{1}, buffers_.of_t);
     cublas<T>(true, l, l, x.rows, 1, x.data, x.stride, t.data, t.stride, 0, buffers_.c, l);
-    const Jacobi<T> jacobi{buffers_.c,       buffers_.j,    buffers_.norms, buffers_.sigma,
-                           buffers_.unit,    buffers_.left, buffers_.right, buffers_.empty,
-                           buffers_.rotated, buffers_.state};
+    const Jacobi<T> jacobi{buffers_.c,       buffers_.j,         buffers_.norms, buffers_.sigma,
+                           buffers_.unit,    buffers_.left,      buffers_.right, buffers_.place,
+                           buffers_.rotated, buffers_.orth.state};
     jacobi_svd<T>(stream, jacobi, l, k, least_square<T>());
   }
   std::array<Panel<T>, 2> rough_vectors() {
@@ -279,7 +246,7 @@ class CudaEngine {
     constexpr DType dtype = dtype_of<T>();
     const cuda::Gemm product{true,       true,         k,        vh_.cols,   l,     of_right, k,
                              right.data, right.stride, vh_.data, vh_.stride, dtype, dtype};
-    cuda::gemm(context_, product, buffers_.gemm);
+    cuda::gemm(context_, product, buffers_.orth.gemm);
     extremes(u_);
     const int slabs = static_cast<int>(slab_count(u_.rows));
     for (const Panel<T>& p : {u_, vh_})
@@ -289,7 +256,7 @@ class CudaEngine {
               static_cast<int>(measure_count(plan_.tall * plan_.small)), buffers_.of_t,
               static_cast<int>(measure_count(plan_.small * l)), buffers_.of_y,
               plan_.probes > 0 ? static_cast<int>(measure_count(plan_.tall * plan_.probes)) : 0,
-              buffers_.rotated, buffers_.state, info_);
+              buffers_.rotated, buffers_.orth.state, info_);
     SM_LAUNCH(finish_kernel<T>, blocks_for(u_.rows * k), kThreads, 0, context_.stream, u_, s_, vh_,
               buffers_.sigma, info_);
   }
@@ -301,28 +268,24 @@ class CudaEngine {
     constexpr DType dtype = dtype_of<U>();
     const cuda::Gemm product{trans_a, false, m,   n,     k,     a,     lda, b,
                              ldb,     c,     ldc, dtype, dtype, alpha, beta};
-    cuda::gemm(context_, product, buffers_.gemm);
+    cuda::gemm(context_, product, buffers_.orth.gemm);
   }
-  template <bool kTransA, class In, class Out>
-  void guarded(std::int64_t m, std::int64_t n, std::int64_t k, Out alpha, const In* a,
-               std::int64_t lda, const In* b, std::int64_t ldb, Out beta, Out* c,
-               std::int64_t ldc) {
-    SM_LAUNCH((guarded_gemm_kernel<kTransA, In, Out>), dim3(tiles(m, 32), tiles(n, 32)), kThreads,
-              0, context_.stream, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc, buffers_.state,
-              pass_);
+  // y <- (I - before before^T) y
+  void project(Panel<T> y, Panel<T> before, int pass) {
+    pass_gemm<true, T>(context_, buffers_.orth, pass, before.cols, y.cols, y.rows, 1, before.data,
+                       before.stride, y.data, y.stride, 0, buffers_.c, y.cols);
+    pass_gemm<false, T>(context_, buffers_.orth, pass, y.rows, y.cols, before.cols, -1, before.data,
+                        before.stride, buffers_.c, y.cols, 1, y.data, y.stride);
   }
-  void gemm(bool trans_a, std::int64_t m, std::int64_t n, std::int64_t k, T alpha, const T* a,
-            std::int64_t lda, const T* b, std::int64_t ldb, T beta, T* c, std::int64_t ldc) {
-    if (pass_ < kFastPasses)
-      cublas<T>(trans_a, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-    else if (trans_a)
-      guarded<true, T, T>(m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-    else
-      guarded<false, T, T>(m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  // Scales columns by powers of two: exact.
+  void normalize(Panel<T> y) {
+    extremes(y);
+    SM_LAUNCH(normalize_kernel<T>, dim3(tiles(y.rows, 256), tiles(y.cols, 32)), kThreads, 0,
+              context_.stream, y, buffers_.extremes, static_cast<int>(slab_count(y.rows)));
   }
   void extremes(Panel<T> y) {
     SM_LAUNCH(extremes_kernel<T>, dim3(tiles(y.cols, 32), slab_count(y.rows)), kThreads, 0,
-              context_.stream, y, buffers_.extremes, buffers_.state);
+              context_.stream, y, buffers_.extremes, buffers_.orth.state);
   }
   // out <- rows first .. first + out.rows of a strided matrix
   void gather(const StridedMatrixView& a, std::int64_t first, Panel<T> out) {
@@ -363,7 +326,6 @@ class CudaEngine {
   SvdInfo* const info_;
   const Buffers<T> buffers_;
   const Panel<T> u_, s_, vh_;
-  int pass_ = 0;
 };
 
 }  // namespace
@@ -384,6 +346,25 @@ void randomized_svd_cuda(const Context& context, const StridedMatrixView& b, con
 std::size_t randomized_svd_workspace_cuda(const StridedMatrixView& b, const SvdPlan& plan) {
   return b.dtype == DType::f64 ? Buffers<double>(nullptr, plan, Stored(b)).bytes
                                : Buffers<float>(nullptr, plan, Stored(b)).bytes;
+}
+
+void run_lanes_cuda(const Context& context, const SvdLanes& lanes,
+                    const std::function<void(const Context&, std::int64_t)>& run) {
+  cuda::SideStreams streams(context.stream, lanes.lanes);
+  const auto count = static_cast<std::int64_t>(lanes.lane.size());
+  for (std::int64_t i = 0; i < count; ++i) {
+    const int lane = lanes.lane[static_cast<std::size_t>(i)];
+    if (lane < 0) continue;
+    Context own = context;
+    own.stream = streams[lane];
+    own.workspace = static_cast<unsigned char*>(context.workspace) +
+                    static_cast<std::size_t>(lane) * lanes.bytes_of_lane;
+    own.workspace_bytes = lanes.bytes_of_lane;
+    run(own, i);
+  }
+  streams.join();
+  for (std::int64_t i = 0; i < count; ++i)
+    if (lanes.lane[static_cast<std::size_t>(i)] < 0) run(context, i);
 }
 
 }  // namespace structmat

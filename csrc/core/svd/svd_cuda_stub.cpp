@@ -12,5 +12,9 @@ void randomized_svd_cuda(const Context&, const StridedMatrixView&, const SvdPlan
 std::size_t randomized_svd_workspace_cuda(const StridedMatrixView&, const SvdPlan&) {
   detail::fail("randomized_svd: structmat was built without CUDA");
 }
+void run_lanes_cuda(const Context&, const SvdLanes&,
+                    const std::function<void(const Context&, std::int64_t)>&) {
+  detail::fail("randomized_svd: structmat was built without CUDA");
+}
 
 }  // namespace structmat

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The back ends of svd.h.
 #pragma once
+#include <functional>
+
 #include "structmat/svd.h"
+#include "svd/svd_lanes.h"
 #include "svd/svd_plan.h"
 
 namespace structmat {
@@ -13,5 +16,8 @@ void randomized_svd_cuda(const Context& context, const StridedMatrixView& b, con
                          std::uint64_t seed, MatrixView u, VectorView s, MatrixView vh,
                          SvdInfo* info);
 std::size_t randomized_svd_workspace_cuda(const StridedMatrixView& b, const SvdPlan& plan);
+// run(context of its lane, i) for every matrix i.
+void run_lanes_cuda(const Context& context, const SvdLanes& lanes,
+                    const std::function<void(const Context&, std::int64_t)>& run);
 
 }  // namespace structmat

@@ -78,13 +78,14 @@ struct SvdProblem {
 };
 
 // All problems, each with the bits of a call of its own. On the CPU whole matrices run side by
-// side, one thread each, but for those too large to share the threads evenly; on a GPU one after
-// the other. A matrix without a finite decomposition stops no other and throws nothing, on the CPU
-// too: its `info->finite` is 0 and its results are NaN.
+// side, one thread each, but for those too large to share the threads evenly; on a GPU four at a
+// time, on streams forked from the context's and joined again, and those of 2^26 entries or more
+// one after the other. A matrix without a finite decomposition stops no other and throws nothing,
+// on the CPU too: its `info->finite` is 0 and its results are NaN.
 STRUCTMAT_API void randomized_svd(const Context& context, const SvdProblem* problems,
                                   std::int64_t count);
 
-// The largest any of them asks for.
+// What those that run at the same time ask for.
 STRUCTMAT_API std::size_t randomized_svd_workspace(const Context& context,
                                                    const SvdProblem* problems, std::int64_t count);
 
