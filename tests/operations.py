@@ -52,6 +52,14 @@ def orthonormalize(Y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.ops.structmat.orthonormalize(torch.cat([Y, Y], dim=1), 1)
 
 
+def range_step(A: torch.Tensor, Q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    wide = torch.promote_types(A.dtype, torch.float32)
+    P, after, B, finite = torch.ops.structmat.range_step(
+        [A, A.T], [Q.to(wide), A.to(wide)[:, :4]], 1
+    )
+    return (*P, *after, *B, finite)
+
+
 def svd_list(*A: torch.Tensor) -> tuple[torch.Tensor, ...]:
     U, S, Vh, facts = torch.ops.structmat.randomized_svd_list(list(A), [2, 3], None, None, 1)
     return (*U, *S, *Vh, facts)
@@ -94,6 +102,7 @@ OPERATIONS = [
     low_rank("low_rank_linear, one token", 1, 96, 80, 24),
     Operation("gram_matmul", ((67, 45), (45, 5)), sm.linalg.gram_matmul),
     Operation("orthonormalize", ((41, 7),), orthonormalize, False, WIDE),
+    Operation("range_step", ((41, 23), (23, 5)), range_step, False),
     Operation("randomized_svd", ((67, 45),), svd, False),
     Operation("randomized_svd_list", ((13, 9), (5, 11)), svd_list, False, (torch.float32,)),
     Operation("streaming_svd", ((133, 9),), streaming, False),

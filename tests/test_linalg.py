@@ -506,6 +506,60 @@ def test_range_step_bad_arguments(A, Q, error, message):
         sm.linalg.range_step(A, Q)
 
 
+def reference_step(A, Q):
+    """In float64, with the signs of orthonormalize: a positive diagonal of R."""
+    P, R = torch.linalg.qr(exact(A) @ exact(Q))
+    P = P * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+    B = exact(A).mT @ P
+    after, R = torch.linalg.qr(B)
+    return P, after * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :], B
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_range_step_of_each_type_and_layout(backend, dtype, layout):
+    wide = torch.promote_types(dtype, torch.float32)
+    A = [make(*s, dtype=dtype, device=backend.device, layout=layout) for s in ((35, 21), (9, 30))]
+    Q = [make(*s, dtype=wide, device=backend.device, layout=layout) for s in ((21, 5), (30, 3))]
+    kept = [t.clone() for t in (*A, *Q)]
+    for step, a, q in zip(sm.linalg.range_step(A, Q), A, Q, strict=True):
+        alone = sm.linalg.range_step(a, q)
+        for found, same, want in zip(step, alone, reference_step(a, q), strict=True):
+            assert torch.equal(found, same)
+            assert_close(found, want, wide, terms=400)
+    assert all(map(torch.equal, kept, (*A, *Q)))
+
+
+def test_range_step_of_deficient_and_empty_matrices(backend):
+    A = [torch.ones(20, 9), torch.zeros(6, 8), torch.randn(5, 7), torch.ones(0, 4)]
+    Q = [sm.linalg.gaussian(a.shape[1], min(a.shape[0], 4)) for a in A]
+    Q[2] = Q[2][:, :0]
+    for a, step in zip(A, sm.linalg.range_step([a.to(backend.device) for a in A], Q), strict=True):
+        assert departure(step.P) <= 1e-5 if step.P.numel() else True
+        assert departure(step.Q) <= 1e-5 if step.Q.numel() else True
+        torch.testing.assert_close(step.B, a.T @ step.P)
+        torch.testing.assert_close(step.P @ step.B.T, a if step.P.numel() else 0 * a)
+    assert sm.linalg.range_step([], []) == []
+
+
+def test_range_step_names_what_is_not_finite(backend):
+    A = [torch.randn(2, 8, 6, device=backend.device) for _ in range(3)]
+    A[1][1, 7, 5] = torch.inf
+    Q = [torch.ones(2, 6, 2, device=backend.device) for _ in range(3)]
+    with pytest.raises(torch.linalg.LinAlgError, match=r"range_step: .*, in item 1$"):
+        sm.linalg.range_step(A, Q)
+
+
+def test_range_step_opcheck_and_compile():
+    A, Q = torch.randn(9, 7), torch.randn(7, 2)
+    torch.library.opcheck(torch.ops.structmat.range_step.default, ([A, A.T], [Q, A[:, :3]], 0))
+    compiled = torch.compile(lambda A, Q: sm.linalg.range_step(A, Q), fullgraph=True)
+    for found, want in zip(compiled(A, Q), sm.linalg.range_step(A, Q), strict=True):
+        torch.testing.assert_close(found, want)
+    nan = A.clone()
+    nan[3, 3] = torch.nan
+    assert compiled(nan, Q)[0].isnan().all()
+
+
 def test_autocast_changes_nothing():
     """Decompositions keep their precision where layers are told to compute in bfloat16."""
     A, Q = torch.randn(60, 40), sm.linalg.gaussian(40, 5)
@@ -535,6 +589,8 @@ def test_same_bits_for_any_number_of_threads(shape, threads):
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append((sm.linalg.orthonormalize(A), sm.linalg.gram_matmul(A, X)))
+            pair = sm.linalg.range_step([A, A[: shape[1]]], [X, X[:, :5]])
+            results.append((sm.linalg.orthonormalize(A), sm.linalg.gram_matmul(A, X), *pair[1]))
+            results[-1] += (*pair[0],)
         for other in results[1:]:
             assert all(map(torch.equal, results[0], other))

@@ -19,6 +19,9 @@ STRUCTMAT_LIBRARY(m) {
   m.def("has_cuda() -> bool");
   m.def("gram_matmul(Tensor A, Tensor X) -> Tensor");
   m.def("orthonormalize(Tensor Y, int seed) -> (Tensor Q, Tensor residual)");
+  m.def(
+      "range_step(Tensor[] A, Tensor[] Q, int seed) -> "
+      "(Tensor[] P, Tensor[] next, Tensor[] B, Tensor finite)");
   m.def("gaussian(Tensor like, int rows, int cols, int seed, int stream) -> Tensor");
   m.def("low_rank_linear(Tensor x, Tensor U, Tensor V, Tensor? bias=None) -> Tensor");
   m.def(

@@ -105,8 +105,65 @@ Tensor gram_matmul(const Tensor& A, const Tensor& X) {
   return Z;
 }
 
+// (..., rows, cols) like `like`, float32 or float64, and its matrices' views.
+class Result {
+ public:
+  Result(const Tensor& like, const Batch& batch, DType dtype, std::int64_t rows, std::int64_t cols)
+      : dtype_(dtype), rows_(rows), cols_(cols) {
+    std::vector<std::int64_t> sizes = batch.sizes();
+    sizes.push_back(rows);
+    sizes.push_back(cols);
+    tensor = torch::stable::new_empty(like, sizes,
+                                      dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  }
+  MatrixView operator[](std::int64_t index) const {
+    const std::int64_t offset = index * rows_ * cols_ * static_cast<std::int64_t>(size_of(dtype_));
+    return {static_cast<char*>(tensor.data_ptr()) + offset, dtype_, rows_, cols_, cols_};
+  }
+  Tensor tensor;
+
+ private:
+  DType dtype_;
+  std::int64_t rows_, cols_;
+};
+
+// `finite` has an entry for every matrix; where it is 0 results are NaN, on the CPU too: the Python
+// function raises, compiled graphs go on with NaN.
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor> range_step(
+    const std::vector<Tensor>& A, const std::vector<Tensor>& Q, std::int64_t seed) {
+  constexpr const char* op = "range_step";
+  STD_TORCH_CHECK(seed >= 0, op, ": seed is ", seed, ", wanted 0 to 2^63 - 1");
+  STD_TORCH_CHECK(!A.empty() && A.size() == Q.size(), op, ": A is a list of ", A.size(), ", Q of ",
+                  Q.size(), ", wanted as many and at least one");
+  std::vector<RangeStep> steps;
+  std::vector<Tensor> P, next, B;
+  for (std::size_t i = 0; i < A.size(); ++i) {
+    check_same_device(A[0], A[i], op, "a matrix of the list");
+    check_same_device(A[0], Q[i], op, "Q");
+    const Batch a(A[i], op, "A"), q(Q[i], op, "Q");
+    STD_TORCH_CHECK(a.sizes() == q.sizes(), op, ": A and Q have other leading dimensions");
+    const DType dtype = dtype_of(A[i], op, "A") == DType::f64 ? DType::f64 : DType::f32;
+    const std::int64_t m = A[i].size(A[i].dim() - 2), n = A[i].size(A[i].dim() - 1);
+    const std::int64_t r = Q[i].size(Q[i].dim() - 1);
+    const Result p(A[i], a, dtype, m, r), x(A[i], a, dtype, n, r), b(A[i], a, dtype, n, r);
+    for (std::int64_t k = 0; k < a.count(); ++k) steps.push_back({a[k], q[k], p[k], x[k], b[k]});
+    P.push_back(p.tensor);
+    next.push_back(x.tensor);
+    B.push_back(b.tensor);
+  }
+  const auto count = static_cast<std::int64_t>(steps.size());
+  Tensor finite = torch::stable::new_empty(A[0], {count}, ScalarType::Double);
+  for (std::int64_t k = 0; k < count; ++k)
+    steps[static_cast<std::size_t>(k)].finite = static_cast<double*>(finite.data_ptr()) + k;
+  Scope scope(A[0]);
+  scope.lend_workspace(A[0], range_step_workspace(scope.context, steps.data(), count));
+  structmat::range_step(scope.context, steps.data(), count, static_cast<std::uint64_t>(seed));
+  return {P, next, B, finite};
+}
+
 }  // namespace
 
+STRUCTMAT_REGISTER("range_step", &range_step)
 STRUCTMAT_REGISTER("orthonormalize", &orthonormalize)
 STRUCTMAT_REGISTER("gram_matmul", &gram_matmul)
 

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "structmat/linalg.h"
 
+#include <algorithm>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "linalg/linalg_kernels.h"
+#include "side_by_side.h"
 #include "structmat/error.h"
 
 namespace structmat {
@@ -38,6 +41,32 @@ void check_operands(const StridedMatrixView& a, const StridedMatrixView& x) {
   STRUCTMAT_CHECK(
       x.cols <= std::numeric_limits<std::int32_t>::max(),
       "gram_matmul: X has " + std::to_string(x.cols) + " columns, wanted fewer than 2^31");
+}
+
+void check_part(const MatrixView& part, DType dtype, std::int64_t rows, std::int64_t cols,
+                const char* name) {
+  STRUCTMAT_CHECK(part.dtype == dtype && part.rows == rows && part.cols == cols,
+                  std::string("range_step: ") + name + " is " + name_of(part.dtype) + " " +
+                      shape(part.rows, part.cols) + ", wanted " + name_of(dtype) + " " +
+                      shape(rows, cols));
+}
+
+void check_step(const RangeStep& s) {
+  const std::int64_t m = s.a.rows, n = s.a.cols, r = s.q.cols;
+  const DType dtype = s.a.dtype == DType::f64 ? DType::f64 : DType::f32;
+  STRUCTMAT_CHECK(s.q.dtype == dtype, std::string("range_step: Q is ") + name_of(s.q.dtype) +
+                                          ", wanted " + name_of(dtype) + " for A of " +
+                                          name_of(s.a.dtype));
+  STRUCTMAT_CHECK(s.q.rows == n && r <= std::min(m, n),
+                  "range_step: A has shape " + shape(m, n) + ", Q " + shape(s.q.rows, r) +
+                      ", wanted " + std::to_string(n) + " rows and at most " +
+                      std::to_string(std::min(m, n)) + " columns");
+  STRUCTMAT_CHECK(r <= 20000, "range_step: Q has " + std::to_string(r) +
+                                  " columns, wanted at most 20000 (LAPACK counts in 32 bits)");
+  check_part(s.p, dtype, m, r, "P");
+  check_part(s.next, dtype, n, r, "the next Q");
+  check_part(s.b, dtype, n, r, "B");
+  STRUCTMAT_CHECK(s.finite != nullptr, "range_step: finite is null");
 }
 
 }  // namespace
@@ -86,6 +115,35 @@ std::size_t gram_matmul_workspace(const Context& context, const StridedMatrixVie
                                   const StridedMatrixView& x) {
   check_operands(a, x);
   return context.device == Device::cuda ? gram_matmul_workspace_cuda(a, x) : 0;
+}
+
+void range_step(const Context& context, const RangeStep* steps, std::int64_t count,
+                std::uint64_t seed) {
+  const std::size_t wanted = range_step_workspace(context, steps, count);
+  if (context.device == Device::cuda) {
+    check_workspace(context, wanted, "range_step");
+    for (std::int64_t i = 0; i < count; ++i) range_step_cuda(context, steps[i], seed);
+    return;
+  }
+  std::vector<double> costs;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double m = static_cast<double>(steps[i].a.rows), n = static_cast<double>(steps[i].a.cols);
+    const double r = static_cast<double>(steps[i].q.cols);
+    costs.push_back(4 * m * n * r + 12 * (m + n) * r * r);
+  }
+  run_side_by_side(context, costs, [&](const Context& with, std::int64_t i) {
+    range_step_cpu(with, steps[i], seed);
+  });
+}
+
+std::size_t range_step_workspace(const Context& context, const RangeStep* steps,
+                                 std::int64_t count) {
+  std::size_t most = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    check_step(steps[i]);
+    if (context.device == Device::cuda) most = std::max(most, range_step_workspace_cuda(steps[i]));
+  }
+  return most;
 }
 
 }  // namespace structmat

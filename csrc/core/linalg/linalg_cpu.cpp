@@ -58,6 +58,42 @@ void orthonormalize_as(const Context& context, const StridedMatrixView& y, std::
   std::copy_n(orth.residual().begin(), y.cols, static_cast<double*>(residual.data));
 }
 
+template <class T>
+void fill_nan(const MatrixView& m) {
+  for (std::int64_t i = 0; i < m.rows; ++i)
+    std::fill_n(static_cast<T*>(m.data) + i * m.row_stride, m.cols,
+                std::numeric_limits<T>::quiet_NaN());
+}
+
+template <class T>
+void range_step_as(const Context& context, const RangeStep& s, std::uint64_t seed) {
+  const std::int64_t r = s.q.cols;
+  const auto panel = [r](const MatrixView& m) {
+    return Panel<T>{static_cast<T*>(m.data), m.rows, r, m.row_stride};
+  };
+  const Panel<T> p = panel(s.p), next = panel(s.next), b = panel(s.b);
+  Panel<T> q{const_cast<T*>(static_cast<const T*>(s.q.data)), s.q.rows, r, s.q.row_stride};  // read
+  std::unique_ptr<T[]> copy;
+  if (s.q.col_stride != 1) {
+    copy = scratch<T>(q.rows * r);
+    gather(s.q, 0, 0, q.rows, r, copy.get(), r);
+    q = {copy.get(), q.rows, r, r};
+  }
+  const Operand<T> a(context, s.a);
+  OrthCpu<T> orth(context, r, seed);
+  std::uint32_t stream = 0;
+  a.multiply(q, p, nullptr);
+  bool finite = orth.orthonormalize(p, p, {}, kMaxOrthPasses, stream);
+  if (finite) {
+    stream = 0;
+    a.multiply_transposed(p, b, nullptr);
+    finite = orth.orthonormalize(b, next, {}, kMaxOrthPasses, stream);
+  }
+  *s.finite = finite ? 1 : 0;
+  if (!finite)
+    for (const MatrixView& part : {s.p, s.next, s.b}) fill_nan<T>(part);
+}
+
 int to_int(std::int64_t size) {
   return static_cast<int>(size);
 }
@@ -192,6 +228,15 @@ void gram_matmul_cpu(const Context& context, const StridedMatrixView& a, const S
     GramProduct<double>(context, a, x).run(z);
   else
     GramProduct<float>(context, a, x).run(z);
+}
+
+void range_step_cpu(const Context& context, const RangeStep& step, std::uint64_t seed) {
+  *step.finite = 1;
+  if (step.q.cols == 0) return;
+  if (step.a.dtype == DType::f64)
+    range_step_as<double>(context, step, seed);
+  else
+    range_step_as<float>(context, step, seed);
 }
 
 }  // namespace structmat

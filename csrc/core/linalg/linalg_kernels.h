@@ -17,4 +17,8 @@ void gram_matmul_cuda(const Context& context, const StridedMatrixView& a,
                       const StridedMatrixView& x, MatrixView z);
 std::size_t gram_matmul_workspace_cuda(const StridedMatrixView& a, const StridedMatrixView& x);
 
+void range_step_cpu(const Context& context, const RangeStep& step, std::uint64_t seed);
+void range_step_cuda(const Context& context, const RangeStep& step, std::uint64_t seed);
+std::size_t range_step_workspace_cuda(const RangeStep& step);
+
 }  // namespace structmat

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Building blocks of decompositions: orthonormal bases and products with A^T A.
+// Building blocks of decompositions: orthonormal bases, products with A^T A, subspace tracking.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -32,5 +32,25 @@ STRUCTMAT_API void gram_matmul(const Context& context, const StridedMatrixView& 
 // Device memory the call above asks for, in bytes.
 STRUCTMAT_API std::size_t gram_matmul_workspace(const Context& context, const StridedMatrixView& a,
                                                 const StridedMatrixView& x);
+
+// One step of subspace iteration from a given start, of many: P = orth(A Q), B = A^T P,
+// next = orth(B), with A (m, n) of any type, Q, next and B (n, r) and P (m, r) of float32, float64
+// for float64 A, r <= min(m, n).
+struct RangeStep {
+  StridedMatrixView a, q;
+  MatrixView p, next, b;
+  double* finite = nullptr;  // <- 1; 0 where A or Q holds NaN or Inf or a product overflowed: then
+                             // P or `next` is NaN. It lies where the matrices lie.
+};
+
+// All steps, of any shapes and types, each with the bits of a call of its own. On the CPU whole
+// steps run side by side, one thread each, but for those too large to share the threads evenly; on
+// a GPU one after the other. `seed`: of directions that a product does not determine.
+STRUCTMAT_API void range_step(const Context& context, const RangeStep* steps, std::int64_t count,
+                              std::uint64_t seed);
+
+// Device memory the call above asks for, in bytes: that of the largest step.
+STRUCTMAT_API std::size_t range_step_workspace(const Context& context, const RangeStep* steps,
+                                               std::int64_t count);
 
 }  // namespace structmat
