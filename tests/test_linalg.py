@@ -11,6 +11,7 @@ from reference import LAYOUTS, UNIT, assert_close, exact, gradients, make
 from reference import gram_matmul as reference_gram_matmul
 
 import structmat as sm
+from structmat.linalg.svd_tail import _by_torch
 
 ORTHOGONAL = {torch.float32: 1e-5, torch.float64: 1e-13}
 WIDE = [torch.float32, torch.float64]
@@ -237,12 +238,10 @@ PLAN = """
 #include "linalg/linalg_plan.h"
 using namespace structmat;
 constexpr std::int64_t big = std::int64_t{1} << 40;
-// Panels are 1 MB where 64 to 256 rows allow it; slabs take no more than a quarter of A's memory.
-static_assert(plan_gram_cpu(16384, 1024, 8).rows == 256 && plan_gram_cpu(100, big, 8).rows == 64);
-static_assert(plan_gram_cpu(4096, 4096, 64).rows == 64);
-static_assert(plan_gram_cpu(4096, 4096, 64).slabs == 16);
-static_assert(plan_gram_cpu(4096, 4096, 1024).slabs == 1 && plan_gram_cpu(0, 0, 0).slabs == 1);
-static_assert(plan_gram_cpu(big, 512, 1).slabs == 32);
+// Slabs take no more than a quarter of A's memory.
+static_assert(gram_slabs_cpu(16384, 8) == 32 && gram_slabs_cpu(4096, 64) == 16);
+static_assert(gram_slabs_cpu(4096, 1024) == 1 && gram_slabs_cpu(0, 0) == 1);
+static_assert(gram_slabs_cpu(big, 1) == 32);
 // On the GPU: panels of 16 MB for narrow X and large A, else the whole, of 16-bit A never.
 static_assert(gram_panel_rows_cuda(16384, 4096, 8, DType::f32) == 1024);
 static_assert(gram_panel_rows_cuda(16384, 4096, 64, DType::f32) == 16384);
@@ -263,6 +262,54 @@ def test_gram_matmul_plan():
         text=True,
         check=True,
     )
+
+
+@pytest.mark.parametrize("size", GRAM_SIZES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gram_matmul_moments(backend, dtype, size, layout):
+    m, n, l = size
+    A = make(2, m, n, dtype=dtype, device=backend.device, layout=layout)
+    X = make(2, n, l, dtype=dtype, device=backend.device, layout=layout)
+    Z, sums, norm = sm.linalg.gram_matmul(A, X, return_moments=True)
+    assert torch.equal(Z, sm.linalg.gram_matmul(A, X))
+    scale = exact(A).abs().mean().item() if A.numel() else 0.0
+    assert_close(sums, exact(A).sum(-2), terms=m, scale=scale)
+    assert_close(norm, exact(A).square().sum((-2, -1)).sqrt(), terms=m * n)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float64, 1e300), (torch.float64, 1e-300), (torch.float32, 1e30)],
+    ids=str,
+)
+def test_gram_matmul_moments_of_any_scale(backend, dtype, scale):
+    A = torch.randn(70, 20, dtype=dtype)
+    X = torch.zeros(20, 1, dtype=dtype, device=backend.device)
+    _, sums, norm = sm.linalg.gram_matmul((A * scale).to(backend.device), X, return_moments=True)
+    torch.testing.assert_close(sums.cpu() / scale, exact(A).sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.cpu() / scale, exact(A).norm(), rtol=1e-6, atol=0)
+    A[3, 3] = torch.nan
+    assert sm.linalg.gram_matmul(A.to(backend.device), X, return_moments=True).norm.isnan()
+
+
+def test_gram_matmul_moments_of_many_panels(dtype):
+    A, X = make(3001, 301, dtype=dtype, scale=0.05), make(301, 5, dtype=dtype)
+    for view in (A, A.mT.contiguous().mT):
+        _, sums, norm = sm.linalg.gram_matmul(view, X, return_moments=True)
+        assert_close(sums, exact(A).sum(0), terms=3001, scale=0.05)
+        assert_close(norm, exact(A).norm(), terms=3001 * 301)
+
+
+def test_gram_matmul_moments_gradient_and_opcheck():
+    A, X = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((9, 4), (4, 2)))
+    torch.library.opcheck(torch.ops.structmat.gram_matmul_moments.default, (A, X))
+    found = sm.linalg.gram_matmul(A, X, return_moments=True)
+    assert not found.norm.requires_grad
+    assert not found.column_sums.requires_grad
+    loss = lambda A, X: sm.linalg.gram_matmul(A, X, return_moments=True).Z  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (A, X))
+    with pytest.raises(RuntimeError, match="gram_matmul: return_moments has no rule"):
+        torch.func.vmap(lambda X: sm.linalg.gram_matmul(A, X, return_moments=True))(X[None])
 
 
 def test_gram_matmul_batched(backend, dtype):
@@ -424,6 +471,26 @@ def test_svd_tail_on_each_back_end(backend):
     verify_tail(A, 41, full)
     assert full.info.sweeps == 0
     verify_tail(torch.zeros(5, 3), 2, sm.linalg.svd_tail(torch.zeros(5, 3), 2))
+
+
+@both
+@pytest.mark.parametrize("name", ["slow", "singular", "gap"])
+def test_svd_tail_by_torch(backend, dtype, name):
+    """What CUDA tensors take."""
+    A = tail_matrix(50, 41, name).to(dtype)
+    result = _by_torch(A.to(backend.device), 4, 8, 0)
+    verify_tail(A, 4, result)
+
+
+def test_svd_tail_same_bits_for_any_number_of_threads(threads):
+    for name in ("gap", "flat"):
+        A = tail_matrix(1030, 120, name).float()
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(sm.linalg.svd_tail(A, 4))
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))
 
 
 @pytest.mark.parametrize(
@@ -591,6 +658,6 @@ def test_same_bits_for_any_number_of_threads(shape, threads):
             torch.set_num_threads(count)
             pair = sm.linalg.range_step([A, A[: shape[1]]], [X, X[:, :5]])
             results.append((sm.linalg.orthonormalize(A), sm.linalg.gram_matmul(A, X), *pair[1]))
-            results[-1] += (*pair[0],)
+            results[-1] += (*pair[0], *sm.linalg.gram_matmul(A, X, return_moments=True))
         for other in results[1:]:
             assert all(map(torch.equal, results[0], other))

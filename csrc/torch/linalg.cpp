@@ -84,7 +84,8 @@ std::tuple<Tensor, Tensor> orthonormalize(const Tensor& Y, std::int64_t seed) {
   return {Q, residual};
 }
 
-Tensor gram_matmul(const Tensor& A, const Tensor& X) {
+// Z, and with moments the column sums (..., n) and the norms (...), float64.
+std::tuple<Tensor, Tensor, Tensor> gram(const Tensor& A, const Tensor& X, bool moments) {
   constexpr const char* op = "gram_matmul";
   check_same_device(A, X, op, "X");
   const Batch a(A, op, "A"), x(X, op, "X");
@@ -92,17 +93,35 @@ Tensor gram_matmul(const Tensor& A, const Tensor& X) {
   const std::int64_t n = A.size(A.dim() - 1), l = X.size(X.dim() - 1);
   std::vector<std::int64_t> sizes = a.sizes();
   sizes.push_back(n);
+  Tensor sums = torch::stable::new_empty(A, moments ? sizes : std::vector<std::int64_t>{0},
+                                         ScalarType::Double);
+  Tensor norm = torch::stable::new_empty(A, moments ? a.sizes() : std::vector<std::int64_t>{0},
+                                         ScalarType::Double);
   sizes.push_back(l);
   Tensor Z = torch::stable::new_empty(A, sizes);
   const DType dtype = dtype_of(A, op, "A");
   Scope scope(A);
   if (a.count() > 0) scope.lend_workspace(A, gram_matmul_workspace(scope.context, a[0], x[0]));
-  for (std::int64_t i = 0; i < a.count(); ++i)
+  for (std::int64_t i = 0; i < a.count(); ++i) {
+    GramMoments wanted;
+    if (moments)
+      wanted = {{static_cast<double*>(sums.data_ptr()) + i * n, n},
+                static_cast<double*>(norm.data_ptr()) + i};
     structmat::gram_matmul(
         scope.context, a[i], x[i],
         {static_cast<char*>(Z.data_ptr()) + i * n * l * static_cast<std::int64_t>(size_of(dtype)),
-         dtype, n, l, l});
-  return Z;
+         dtype, n, l, l},
+        wanted);
+  }
+  return {Z, sums, norm};
+}
+
+Tensor gram_matmul(const Tensor& A, const Tensor& X) {
+  return std::get<0>(gram(A, X, false));
+}
+
+std::tuple<Tensor, Tensor, Tensor> gram_matmul_moments(const Tensor& A, const Tensor& X) {
+  return gram(A, X, true);
 }
 
 // (..., rows, cols) like `like`, float32 or float64, and its matrices' views.
@@ -161,10 +180,41 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor
   return {P, next, B, finite};
 }
 
+// Where A holds NaN or Inf or LAPACK fails all is NaN and `finite` 0: the Python function raises.
+std::tuple<Tensor, Tensor, Tensor, Tensor> svd_tail(const Tensor& A, std::int64_t rank,
+                                                    std::optional<std::int64_t> oversample,
+                                                    std::int64_t seed) {
+  constexpr const char* op = "svd_tail";
+  STD_TORCH_CHECK(seed >= 0, op, ": seed is ", seed, ", wanted 0 to 2^63 - 1");
+  const StridedMatrixView a = strided_matrix_view(A, op, "A");
+  // Refused before U is made, whose size it is.
+  const std::int64_t k = std::clamp<std::int64_t>(rank, 0, std::min(a.rows, a.cols));
+  const auto dtype = a.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+  Tensor U = torch::stable::new_empty(A, {a.rows, k}, dtype);
+  Tensor S = torch::stable::new_empty(A, {k}, dtype);
+  Tensor Vh = torch::stable::new_empty(A, {k, a.cols}, dtype);
+  Tensor info = torch::stable::new_empty(
+      A, {static_cast<std::int64_t>(sizeof(SvdInfo) / sizeof(double))}, ScalarType::Double);
+  try {
+    structmat::svd_tail(Context{}, a, {rank, oversample, static_cast<std::uint64_t>(seed)},
+                        matrix_view(U, op, "U"), vector_view(S, op, "S"), matrix_view(Vh, op, "Vh"),
+                        static_cast<SvdInfo*>(info.data_ptr()));
+  } catch (const LinAlgError&) {
+    for (Tensor* t : {&U, &S, &Vh, &info})
+      torch::stable::fill_(*t, std::numeric_limits<double>::quiet_NaN());
+    static_cast<SvdInfo*>(info.data_ptr())->finite = 0;
+  }
+  return {U, S, Vh, info};
+}
+
 }  // namespace
 
+STRUCTMAT_IMPL(CPU, m) {
+  m.impl("svd_tail", TORCH_BOX(&svd_tail));
+}
 STRUCTMAT_REGISTER("range_step", &range_step)
 STRUCTMAT_REGISTER("orthonormalize", &orthonormalize)
 STRUCTMAT_REGISTER("gram_matmul", &gram_matmul)
+STRUCTMAT_REGISTER("gram_matmul_moments", &gram_matmul_moments)
 
 }  // namespace structmat::torch_bindings

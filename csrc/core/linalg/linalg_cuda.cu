@@ -6,6 +6,7 @@
 #include "cuda/gemm.h"
 #include "linalg/linalg_kernels.h"
 #include "linalg/linalg_plan.h"
+#include "linalg/moments_cuda.cuh"
 #include "structmat/error.h"
 #include "svd/orth_solve_cuda.cuh"
 
@@ -104,6 +105,8 @@ template <class T>
 struct GramBuffers {
   std::int64_t rows;     // of a panel
   T *p, *x, *z, *panel;  // (rows, l), (n, l) where X and Z are not as cuBLAS reads them, (rows, n)
+  double* sums;          // (slabs, n)
+  ScaledNorm *norms, *norm;
   void* gemm;
   std::size_t bytes;
 
@@ -116,10 +119,38 @@ struct GramBuffers {
     x = arena.take<T>(n * l);
     z = arena.take<T>(a.dtype == dtype_of<T>() ? 0 : n * l);
     panel = arena.take<T>(in_place ? 0 : rows * n);
+    sums = arena.take<double>(moment_slabs(rows, n) * n);
+    norms = arena.take<ScaledNorm>(kMaxMeasures);
+    norm = arena.take<ScaledNorm>(1);
     gemm = arena.take<unsigned char>(cuda::kGemmWorkspace);
     bytes = arena.used();
   }
 };
+
+template <class T>
+void add_moments(const Context& context, const StridedMatrixView& a, std::int64_t first,
+                 std::int64_t rows, const GramBuffers<T>& b, const GramMoments& moments) {
+  dispatch_dtype(a.dtype, [&](auto element) {
+    using S = decltype(element);
+    const S* const data = static_cast<const S*>(a.data) + first * a.row_stride;
+    if (moments.column_sums.data != nullptr && a.cols > 0) {
+      const unsigned slabs = moment_slabs(b.rows, a.cols);
+      const int width = a.col_stride == 1 ? 32 : 1;
+      SM_LAUNCH(column_sums_kernel<S>, dim3(tiles(a.cols, width), slabs), kThreads, 0,
+                context.stream, data, rows, a.cols, a.row_stride, a.col_stride, width, b.sums);
+      SM_LAUNCH(add_sums_kernel, tiles(a.cols, kThreads), kThreads, 0, context.stream, b.sums,
+                static_cast<int>(slabs), a.cols, first == 0,
+                static_cast<double*>(moments.column_sums.data));
+    }
+    if (moments.norm != nullptr) {
+      const unsigned count = measure_count(rows * a.cols);
+      SM_LAUNCH(measure_kernel<S>, count, kThreads, 0, context.stream, data, rows, a.cols,
+                a.row_stride, a.col_stride, b.norms);
+      SM_LAUNCH(add_norms_kernel, 1, kThreads, 0, context.stream, b.norms, static_cast<int>(count),
+                first == 0, b.norm, moments.norm);
+    }
+  });
+}
 
 template <class T>
 struct StepBuffers {
@@ -220,21 +251,24 @@ Panel<T> thin_operand(const Context& context, const StridedMatrixView& x, T* cop
 
 template <class T>
 void gram_matmul_as(const Context& context, const StridedMatrixView& a, const StridedMatrixView& x,
-                    MatrixView z) {
+                    MatrixView z, GramMoments moments) {
   const std::int64_t m = a.rows, n = a.cols, l = x.cols;
   const GramBuffers<T> b(context.workspace, a, x);
   const bool direct = a.dtype == dtype_of<T>();
-  const Panel<T> right = thin_operand(context, x, b.x);
+  const bool empty = n == 0 || l == 0;
+  const Panel<T> right = empty ? Panel<T>{} : thin_operand(context, x, b.x);
   const Panel<T> out =
       direct ? Panel<T>{static_cast<T*>(z.data), n, l, z.row_stride} : Panel<T>{b.z, n, l, l};
   for (std::int64_t first = 0; first == 0 || first < m; first += b.rows) {
     const std::int64_t rows = std::min(b.rows, m - first);
+    add_moments(context, a, first, rows, b, moments);
+    if (empty) continue;
     const Rows<T> part(context, a, first, rows, b.panel, b.gemm);
     const Panel<T> p{b.p, rows, l, l};
     part.multiply(right, p);
     part.multiply_transposed(p, out, first > 0 ? 1 : 0);
   }
-  if (direct) return;
+  if (direct || empty) return;
   dispatch_dtype(a.dtype, [&](auto element) {
     using S = decltype(element);
     if constexpr (sizeof(S) == 2 && sizeof(T) == 4)
@@ -286,11 +320,11 @@ std::size_t orthonormalize_workspace_cuda(const StridedMatrixView& y) {
 }
 
 void gram_matmul_cuda(const Context& context, const StridedMatrixView& a,
-                      const StridedMatrixView& x, MatrixView z) {
+                      const StridedMatrixView& x, MatrixView z, GramMoments moments) {
   if (a.dtype == DType::f64)
-    gram_matmul_as<double>(context, a, x, z);
+    gram_matmul_as<double>(context, a, x, z, moments);
   else
-    gram_matmul_as<float>(context, a, x, z);
+    gram_matmul_as<float>(context, a, x, z, moments);
 }
 
 std::size_t gram_matmul_workspace_cuda(const StridedMatrixView& a, const StridedMatrixView& x) {

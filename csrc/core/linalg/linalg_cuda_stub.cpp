@@ -13,7 +13,7 @@ std::size_t orthonormalize_workspace_cuda(const StridedMatrixView&) {
   detail::fail("orthonormalize: structmat was built without CUDA");
 }
 void gram_matmul_cuda(const Context&, const StridedMatrixView&, const StridedMatrixView&,
-                      MatrixView) {
+                      MatrixView, GramMoments) {
   detail::fail("gram_matmul: structmat was built without CUDA");
 }
 std::size_t gram_matmul_workspace_cuda(const StridedMatrixView&, const StridedMatrixView&) {
