@@ -37,6 +37,10 @@ void BLAS(dormqr)(const char*, const char*, const int*, const int*, const int*, 
                   const int*, const double*, double*, const int*, double*, const int*, int*);
 void BLAS(dsyevd)(const char*, const char*, const int*, double*, const int*, double*, double*,
                   const int*, int*, const int*, int*);
+void BLAS(sgesvd)(const char*, const char*, const int*, const int*, float*, const int*, float*,
+                  float*, const int*, float*, const int*, float*, const int*, int*);
+void BLAS(dgesvd)(const char*, const char*, const int*, const int*, double*, const int*, double*,
+                  double*, const int*, double*, const int*, double*, const int*, int*);
 void BLAS(sgesdd)(const char*, const int*, const int*, float*, const int*, float*, float*,
                   const int*, float*, const int*, float*, const int*, int*, int*);
 void BLAS(dgesdd)(const char*, const int*, const int*, double*, const int*, double*, double*,
@@ -139,18 +143,29 @@ namespace {
 template <class T, class Gesdd>
 bool gesdd_with(Gesdd gesdd, int n, T* a, int lda, T* s, T* u, int ldu, T* vt, int ldvt) {
   std::vector<int> iwork(8 * static_cast<std::size_t>(n));
-  T size = 0;
-  int query = -1, info = 0;
-  gesdd("A", &n, &n, a, &lda, s, u, &ldu, vt, &ldvt, &size, &query, iwork.data(), &info);
-  // A float holds 24 bits: a larger size may have been rounded down.
-  const int lwork = static_cast<int>(static_cast<double>(size) * 1.000001) + 1;
-  std::vector<T> work(static_cast<std::size_t>(lwork));
-  gesdd("A", &n, &n, a, &lda, s, u, &ldu, vt, &ldvt, work.data(), &lwork, iwork.data(), &info);
+  int info = 0;
+  with_work<T>([&](T* work, const int* lwork) {
+    gesdd("A", &n, &n, a, &lda, s, u, &ldu, vt, &ldvt, work, lwork, iwork.data(), &info);
+  });
+  return info == 0;
+}
+template <class T, class Gesvd>
+bool gesvd_with(Gesvd gesvd, int n, T* a, int lda, T* s, T* u, int ldu, T* vt, int ldvt) {
+  int info = 0;
+  with_work<T>([&](T* work, const int* lwork) {
+    gesvd("A", "A", &n, &n, a, &lda, s, u, &ldu, vt, &ldvt, work, lwork, &info);
+  });
   return info == 0;
 }
 
 }  // namespace
 
+bool gesvd(int n, float* a, int lda, float* s, float* u, int ldu, float* vt, int ldvt) {
+  return gesvd_with(BLAS(sgesvd), n, a, lda, s, u, ldu, vt, ldvt);
+}
+bool gesvd(int n, double* a, int lda, double* s, double* u, int ldu, double* vt, int ldvt) {
+  return gesvd_with(BLAS(dgesvd), n, a, lda, s, u, ldu, vt, ldvt);
+}
 bool gesdd(int n, float* a, int lda, float* s, float* u, int ldu, float* vt, int ldvt) {
   return gesdd_with(BLAS(sgesdd), n, a, lda, s, u, ldu, vt, ldvt);
 }

@@ -35,5 +35,8 @@ bool syevd(int n, double* a, int lda, double* w);
 // A (n, n) = U diag(S) Vt, A is destroyed; false where the iteration does not converge.
 bool gesdd(int n, float* a, int lda, float* s, float* u, int ldu, float* vt, int ldvt);
 bool gesdd(int n, double* a, int lda, double* s, double* u, int ldu, double* vt, int ldvt);
+// The same by QR iteration: slower, with smaller residuals.
+bool gesvd(int n, float* a, int lda, float* s, float* u, int ldu, float* vt, int ldvt);
+bool gesvd(int n, double* a, int lda, double* s, double* u, int ldu, double* vt, int ldvt);
 
 }  // namespace structmat::blas
