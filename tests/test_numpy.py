@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """structmat._C: the core on NumPy arrays, against NumPy in float64 and the functions on tensors."""
 
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,3 +252,15 @@ def test_bad_arguments(call, error, message):
     with np.errstate(divide="ignore", invalid="ignore"), pytest.raises(error, match=message):
         call()
     assert STREAM.rows_seen == 0
+
+
+def test_every_name_is_described_and_typed():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "numpy.md").read_text()
+    stub = (root / "python" / "structmat" / "_C.pyi").read_text()
+    for name in vars(_C):
+        if name.startswith("_"):
+            continue
+        is_function = callable(getattr(_C, name)) and not name.endswith("Error")
+        assert not is_function or f"`{name}(" in page, name
+        assert re.search(rf"^(def |class )?{name}\b", stub, re.MULTILINE), name

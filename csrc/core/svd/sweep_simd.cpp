@@ -508,7 +508,9 @@ void multiply_gram(const Context& context, const GramSweep& a, Panel<S> x, Panel
   parallel_for(context, a.slabs, [&](std::int64_t part) {
     static thread_local Scratch blocks;
     const std::int64_t height = columns ? n : kLines;
-    S* const block = blocks.get<S>(ceil_div(n, kPanel) * kPanel * kLines);
+    const std::int64_t block_size = in_place ? 0 : ceil_div(n, kPanel) * kPanel * kLines;
+    Scratch large;  // kept only where it is small
+    S* const block = block_size > (1 << 19) ? large.get<S>(block_size) : blocks.get<S>(block_size);
     S* const lines = sum_memory<S>(kLines * groups.width);
     S* const total = totals + part * size;
     double* const sum = sums != nullptr ? sums + part * n : nullptr;

@@ -65,10 +65,10 @@ def gram_matmul(A: Tensor, X: Tensor, *, return_moments: bool = False) -> Tensor
     ``dA = A (X dZ^T + dZ X^T)``. ``torch.func`` transforms and forward mode take two products of
     torch's.
 
-    Cost: ``4 m n l`` FLOPs, one read of ``A``. Work space: ``n l`` numbers for each of at most 32
-    slabs of rows, together at most a quarter of ``A``; 16-bit and doubly strided ``A`` are
-    converted a panel at a time. On CUDA a panel, 16 MB of ``A``, and 32 MB for cuBLAS; wide ``X``
-    reads ``A`` twice there, in two products.
+    Cost: ``4 m n l`` FLOPs, one read of ``A``, of which 48 rows are packed at a time. Work space:
+    ``n l`` numbers, ``l`` up to a multiple of 16, for each of at most 32 slabs of rows, together at
+    most a quarter of ``A``. On CUDA a panel, 16 MB of ``A``, and 32 MB for cuBLAS; wide ``X`` reads
+    ``A`` twice there, in two products, and ``return_moments`` once more.
 
     Source: the fused power step of Lu et al., Concurrency Comput. 32 (2020), doi 10.1002/cpe.5754,
     for caches instead of transfers to the device.
