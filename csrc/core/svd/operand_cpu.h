@@ -39,6 +39,13 @@ class Operand {
   void multiply_transposed(Panel<T> x, Panel<T> y, Norm* norm) const {
     product(!transposed_, x, y, norm);
   }
+  // y = B R or y = B^T R for a sparse random R (sketch_simd.cpp)
+  void sketch(std::uint64_t seed, Panel<T> y, Norm* norm) const {
+    random_product(transposed_, seed, y, norm);
+  }
+  void sketch_transposed(std::uint64_t seed, Panel<T> y, Norm* norm) const {
+    random_product(!transposed_, seed, y, norm);
+  }
   // y = B
   void load(Panel<T> y, Norm* norm) const {
     const StridedMatrixView& s = stored_.s;
@@ -69,6 +76,14 @@ class Operand {
       STRUCTMAT_SIMD_CALL(sweep_transposed, context_, sweep, x, y);
     else
       STRUCTMAT_SIMD_CALL(sweep, context_, sweep, x, y);
+  }
+  void random_product(bool transposed, std::uint64_t seed, Panel<T> y, Norm* norm) const {
+    Sweep sweep = stored_;
+    sweep.norm = norm;
+    if (transposed)
+      STRUCTMAT_SIMD_CALL(sweep_sketch_transposed, context_, sweep, seed, y);
+    else
+      STRUCTMAT_SIMD_CALL(sweep_sketch, context_, sweep, seed, y);
   }
 
   const Context context_;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The randomized SVD of B (tall x small), once for all back ends:
-//   X_1 = sketch, after sweeps - 2 blocks steps of subspace iteration by B and B^T;
-//   Q_j = orth(B X_j),  T_j = B^T Q_j,  X_{j+1} = T_j less its part in X_1 .. X_j;
+//   X_1 random, after sweeps - 2 blocks steps of subspace iteration by B and B^T;
+//   Q_j = orth(B X_j),  T_j = B^T Q_j,  X_{j+1} = T_j less its part in X_j;
 //   the last B X_j comes with B G for random G, which tells ||(I - Q Q^T) B||;
 //   T = [T_1 ..] = X R with X = orth(T),  R = P S W^T,  B ~ (Q W) S (X P)^T.
 // Halko, Martinsson, Tropp, SIAM Review 53 (2011), 4.5; Musco and Musco, NIPS 2015 (block Krylov).
@@ -26,46 +26,61 @@ class SvdAlgorithm {
   void run() {
     const Panel<T> q = e.q(), x = e.x(), t = e.t();
     const std::int64_t b = plan.block;
-    start(q.columns(0, b), x.columns(0, b));
+    const bool begun = start(q.columns(0, b), x.columns(0, b));
     for (std::int64_t j = 0; j < plan.blocks; ++j) {
-      const Panel<T> qj = q.columns(j * b, b), xj = x.columns(j * b, b);
+      const bool last = j + 1 == plan.blocks;
+      const std::int64_t own = last ? plan.last : b, width = own + (last ? plan.probes : 0);
+      const Panel<T> qj = q.columns(j * b, own), xj = x.columns(j * b, own);
       if (j > 0) {
-        e.copy(t.columns((j - 1) * b, b), xj);
-        orthonormalize(xj, x.columns(0, j * b), 1);
+        e.copy(t.columns((j - 1) * b, own), xj);
+        // Its part in earlier blocks is rounding, and Q has what B makes of it (Simon and Zha, SIAM
+        // J. Sci. Comput. 21 (2000)). A random X_1 is no basis to project on, nor in its panel.
+        orthonormalize(xj, j > 1 || begun ? x.columns((j - 1) * b, b) : Panel<T>{}, 1);
       }
       // The last product takes along random columns that have no part in the basis.
-      const std::int64_t width = b + (j + 1 == plan.blocks ? plan.probes : 0);
-      if (width > b) e.sketch(x.columns((j + 1) * b, plan.probes), kProbeStream);
+      if (width > own) e.sketch(x.columns(j * b + own, plan.probes), kProbeStream);
       if (plan.complete)
         e.load(qj);
+      else if (j == 0 && !begun && !last)
+        e.multiply_random(xj, qj);
       else
         e.multiply(x.columns(j * b, width), q.columns(j * b, width));
       orthonormalize(qj, q.columns(0, j * b), kOrthPasses);
-      e.multiply_transposed(qj, t.columns(j * b, b));
+      e.multiply_transposed(qj, t.columns(j * b, own));
     }
-    if (plan.probes > 0) e.measure_outside(q.columns(plan.basis(), plan.probes), q);
     e.copy(t, x);
     orthonormalize(x, {}, kOrthPasses);
     e.small_svd(x, t);  // R = X^T T = P S W^T
     // Jacobi's iteration divides by singular values, which leaves out the vectors of zeros.
     for (const Panel<T>& y : e.rough_vectors()) orthonormalize(y, {}, kOrthPasses);
+    if (plan.probes > 0) e.measure_outside(q.columns(plan.basis(), plan.probes), q);
     e.factors(q, x);  // U, S, Vh and info
   }
 
  private:
-  // X_1, with every pass over B but the last 2 blocks.
-  void start(Panel<T> q, Panel<T> x) {
-    if (plan.complete) return;
+  // X_1, with every pass over B but the last 2 blocks; whether there were any.
+  bool start(Panel<T> q, Panel<T> x) {
+    if (plan.complete) return false;
     std::int64_t steps = plan.sweeps - 2 * plan.blocks;
-    const bool from_left = steps % 2 != 0;
-    e.sketch(from_left ? q : x, 0);
-    for (bool left = from_left; steps > 0; --steps, left = !left) {
+    if (steps == 0) {
+      if (plan.blocks == 1) e.sketch(x, 0);  // its only product is that with the probes
+      return false;
+    }
+    bool left = steps % 2 != 0;
+    if (left)
+      e.multiply_random_transposed(q, x);
+    else
+      e.multiply_random(x, q);
+    orthonormalize(left ? x : q, {}, 1);
+    while (--steps > 0) {
+      left = !left;
       if (left)
         e.multiply_transposed(q, x);
       else
         e.multiply(x, q);
       orthonormalize(left ? x : q, {}, 1);
     }
+    return true;
   }
 
   void orthonormalize(Panel<T> y, Panel<T> before, int passes) {

@@ -54,6 +54,23 @@ class CpuEngine {
     b_.multiply_transposed(x, y, unmeasured());
     check_finite();
   }
+  // y = B X for a random X, which need not be left in its panel.
+  void multiply_random(Panel<T> x, Panel<T> y) {
+    if (!sparse(x)) {
+      sketch(x, 0);
+      return multiply(x, y);
+    }
+    b_.sketch(seed_, y, unmeasured());
+    check_finite();
+  }
+  void multiply_random_transposed(Panel<T> y, Panel<T> x) {
+    if (!sparse(y)) {
+      sketch(y, 0);
+      return multiply_transposed(y, x);
+    }
+    b_.sketch_transposed(seed_, x, unmeasured());
+    check_finite();
+  }
   void load(Panel<T> y) {
     b_.load(y, unmeasured());
     check_finite();
@@ -71,6 +88,7 @@ class CpuEngine {
 
   // The root mean square over columns of y = B G of || (I - Q Q^T) y ||.
   void measure_outside(Panel<T> y, Panel<T> q) {
+    if (missed<T>(plan_.tall, captured_.value() / norm_.value()) >= 0) return;  // as the energy tells it
     const auto c = scratch<T>(q.cols * y.cols);
     orth_.inner(q, y, c.get(), y.cols);
     std::vector<Norm> norms(static_cast<std::size_t>(ceil_div(y.rows, kTile)));
@@ -182,6 +200,9 @@ class CpuEngine {
     });
   }
 
+  // Whether four entries a row make a random matrix as good as Gaussian, at less cost: many in every
+  // column, and few of a row's.
+  static bool sparse(Panel<T> x) { return x.cols >= 16 && x.rows >= 8 * x.cols; }
   Norm* unmeasured() { return measured_ ? nullptr : &norm_; }
   void check_finite() {
     if (measured_) return;

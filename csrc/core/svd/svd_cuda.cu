@@ -190,6 +190,15 @@ class CudaEngine {
   }
   void multiply(Panel<T> x, Panel<T> y) { product(stored_.transposed, x, y); }
   void multiply_transposed(Panel<T> x, Panel<T> y) { product(!stored_.transposed, x, y); }
+  // y = B X or x = B^T Y for a random X or Y.
+  void multiply_random(Panel<T> x, Panel<T> y) {
+    sketch(x, 0);
+    multiply(x, y);
+  }
+  void multiply_random_transposed(Panel<T> y, Panel<T> x) {
+    sketch(y, 0);
+    multiply_transposed(y, x);
+  }
   void load(Panel<T> y) { gather(b_, 0, y); }
   void copy(Panel<T> from, Panel<T> to) {
     SM_LAUNCH(copy_kernel<T>, blocks_for(from.rows * from.cols), kThreads, 0, context_.stream, from,

@@ -9,16 +9,17 @@
 namespace structmat {
 
 // B is A where A is tall, else A^T: `tall` x `small`. The basis of its column space has `blocks`
-// blocks of `block` columns. The last 2 `blocks` passes build a block Krylov space (Golub-Kahan);
+// blocks of `block` columns, the last of `last`. The final 2 `blocks` passes build a block Krylov space (Golub-Kahan);
 // those before are steps of subspace iteration, which need no more memory.
 struct SvdPlan {
   std::int64_t tall, small;
   bool swapped;  // B = A^T
   std::int64_t rank, block, blocks, sweeps;
+  std::int64_t last;    // columns of the last block
   std::int64_t probes;  // columns that measure what the basis leaves out
   bool complete;        // the basis is the whole space: the decomposition is exact
   bool narrow;          // blocks have fewer columns than the rank
-  constexpr std::int64_t basis() const { return block * blocks; }
+  constexpr std::int64_t basis() const { return block * (blocks - 1) + last; }
   constexpr std::int64_t stored() const { return basis() + probes; }
 };
 
@@ -35,22 +36,28 @@ inline std::int64_t default_oversample(std::int64_t rank) {
 }
 
 // More passes with narrower blocks need fewer products with A for the same error: with singular
-// values i^-1/2 and rank 128 of 4096, five blocks of 48 columns are 480 products of a column for an
-// excess of 5.9e-3, five passes with 144 are 720 for 4.4e-3, torch's six with 138 are 828 for
-// 7.3e-3. Below 32 columns reading A costs more than that saves, for very tall A so does making
-// more blocks orthonormal. A narrow block misses singular values repeated more often than it is
-// wide; `hides_copies` sees that in the result.
+// values i^-1/2 and rank 128 of 4096, four blocks of 48 columns and one of 40 are 464 products of a
+// column for an excess of 7.0e-3, five passes with 144 are 720 for 4.4e-3, torch's six with 138 are
+// 828 for 7.3e-3. Below 32 columns reading A costs more than that saves. A narrow block misses
+// singular values repeated more often than it is wide; `hides_copies` sees that in the result.
 inline void narrow(SvdPlan& plan) {
   const std::int64_t block = (3 * plan.rank + 127) / 128 * 16;
-  if (block < 32 || plan.tall > 8 * plan.small) return;
-  for (const std::int64_t blocks : {4, 5}) {
-    // Bases that keep the excess below torch's at singular values i^-1/2 and 1/i, ranks 50 to 256.
-    const bool enough = 8 * block * blocks >= (blocks == 4 ? 18 : 15) * plan.rank;
-    if (!enough || block * blocks >= plan.small) continue;
-    plan.block = block;
+  if (block < 32) return;
+  // Least bases, in 1/64 of the rank, that keep the excess below torch's at singular values i^-1/4,
+  // i^-1/2 and 1/i, ranks 50 to 256, sizes 384 to 4096; smaller ones do for small matrices. An odd number of sweeps begins with the
+  // cheap product of a sparse random matrix, in an even one the first of the others is that.
+  const struct {
+    std::int64_t sweeps, basis;
+  } plans[] = {{8, plan.small > 12 * plan.rank ? 144 : 128}, {9, 124}, {10, 118}, {11, 104}};
+  for (const auto& [sweeps, least] : plans) {
+    const std::int64_t blocks = sweeps / 2;
+    if (64 * block * blocks < least * plan.rank || block * blocks >= plan.small) continue;
+    plan.block = plan.last = block;
     plan.blocks = blocks;
-    plan.sweeps = 2 * blocks;
+    plan.sweeps = sweeps;
     plan.narrow = true;
+    // Probes and the last block fill the vectors of a block where its columns can be spared.
+    if (64 * (block * blocks - plan.probes) >= least * plan.rank) plan.last -= plan.probes;
     return;
   }
 }
@@ -66,8 +73,9 @@ inline SvdPlan plan_wide(std::int64_t m, std::int64_t n, const SvdOptions& optio
   plan.probes = kProbes;
   const std::int64_t oversample = options.oversample.value_or(default_oversample(plan.rank));
   plan.block = plan.rank + std::min(oversample, plan.small - plan.rank);
+  plan.last = plan.block;
   if (plan.basis() >= plan.small) {
-    plan.block = plan.small;
+    plan.block = plan.last = plan.small;
     plan.blocks = 1;
     plan.sweeps = 2;
     plan.probes = 0;

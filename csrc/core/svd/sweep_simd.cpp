@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// S is cut into tiles that stay in L1, each copied once as panels of kPanel columns; the panels
-// serve S X (rows of S against rows of X) and S^T Y (columns of S against rows of Y) alike. The
-// copy converts and measures, and undoes what costs in place: rows 2^k bytes
-// apart share a set of the caches. While a tile is multiplied the next one is fetched into L2.
-// OpenBLAS spends 1.2 (16 columns) to 0.3 (64) times the time of its kernel on copying the same
-// matrix.
+// S is cut into tiles that stay in L1 or L2 (sweep_tiles_simd.h). While a tile is multiplied the
+// next one is fetched into L2. OpenBLAS spends 1.2 (16 columns) to 0.3 (64) times the time of its
+// kernel on copying the same matrix.
 //
 // Sums within a tile, and of those, in an order that sizes alone decide: one chain of additions
 // over all rows would round too much where addends are alike.
@@ -13,36 +10,13 @@
 #include <algorithm>
 #include <vector>
 
-#include "parallel.h"
-#include "scratch.h"
-#include "vec.h"
+#include "svd/narrow_simd.h"
+#include "svd/sweep_tiles_simd.h"
 
 namespace structmat {
 namespace {
 
-constexpr std::int64_t kPanel = 48;  // columns of a panel: a multiple of every block's rows
-// Tiles of S X, 23 KB of floats, stay in L1; those of S^T Y, 180 KB, in L2 with their results: the
-// rows of narrower ones would be fetched by pieces too short for the memory (0.8 of the speed).
-constexpr std::int64_t kWideRows = 24, kWideCols = 240;
-constexpr std::int64_t kTallRows = 48, kStripe = 960;
-constexpr std::int64_t kMaxSlabs = 64, kMaxTasks = 128;
-constexpr std::int64_t kNarrow = 3;        // columns up to which vectors run along S
-constexpr std::int64_t kPrefetchStep = 4;  // of depth; divides kPanel
-
-// Lines of memory the next tile will read, `lines` in each of the rows `stride` bytes apart. A
-// kernel asks for a few every few steps: asked for at once they would stall it.
-struct Ahead {
-  const char* row = nullptr;
-  std::int64_t stride = 0, rows = 0;
-  int lines = 0, line = 0;
-
-  void ask() {
-    for (int i = 0; i < 4 && rows > 0; ++i) {
-      __builtin_prefetch(row + 64 * line);
-      if (++line == lines) line = 0, row += stride, --rows;
-    }
-  }
-};
+constexpr std::int64_t kNarrow = 3;  // columns up to which vectors run along S
 
 // sum[i][j] += a[i] b[j] over `depth`. a (i, p) lies at a[i kPanel + p] in panels of `height` rows,
 // or, transposed, at a[p kPanel + i] in one panel; b (p, .) at b[p kVecs lanes + .].
@@ -159,150 +133,6 @@ struct Groups {
   }
 };
 
-// A float's square cannot leave double's range: no scale, and the sums are vectors.
-template <class S>
-void measure(const S* data, std::int64_t count, Norm& norm) {
-  if constexpr (std::is_same_v<S, float>) {
-    double sums[8] = {};
-    std::int64_t i = 0;
-    for (; i + 8 <= count; i += 8)
-      for (int k = 0; k < 8; ++k) {
-        const double value = data[i + k];
-        sums[k] += value * value;
-      }
-    for (; i < count; ++i) sums[0] += static_cast<double>(data[i]) * data[i];
-    double total = 0;
-    for (const double sum : sums) total += sum;
-    if (total != 0) norm.add(Norm{1.0, total});
-  } else {
-    norm.add(data, count);
-  }
-}
-
-template <class S>
-class Tiles {
- public:
-  explicit Tiles(const Sweep& sweep) : s_(sweep.s) {}
-
-  // The tile at (r0, c0) as panels of `height` rows; columns beyond it are left as they are.
-  void pack(std::int64_t r0, std::int64_t c0, std::int64_t rows, std::int64_t cols,
-            std::int64_t height, S* to, Norm* norm) const {
-    dispatch_dtype(s_.dtype, [&](auto element) {
-      using E = decltype(element);
-      if constexpr (std::is_same_v<S, double> == std::is_same_v<E, double>) {
-        const E* in = static_cast<const E*>(s_.data) + r0 * s_.row_stride + c0 * s_.col_stride;
-        for (std::int64_t i = 0; i < rows; ++i, in += s_.row_stride)
-          for (std::int64_t c = 0; c < cols; c += kPanel) {
-            const std::int64_t live = std::min(kPanel, cols - c);
-            S* const out = to + c * height + i * kPanel;
-            line(in + c * s_.col_stride, live, out);
-            if (norm != nullptr) measure(out, live, *norm);
-          }
-      }
-    });
-  }
-  // Rows [r0, r0 + rows) of `cols` columns from c0 on.
-  Ahead ahead(std::int64_t r0, std::int64_t rows, std::int64_t c0, std::int64_t cols) const {
-    if (s_.col_stride != 1 || c0 >= s_.cols || r0 >= s_.rows) return {};
-    const std::int64_t size = static_cast<std::int64_t>(size_of(s_.dtype));
-    return {static_cast<const char*>(s_.data) + (r0 * s_.row_stride + c0) * size,
-            s_.row_stride * size, std::min(rows, s_.rows - r0),
-            static_cast<int>(ceil_div(std::min(cols, s_.cols - c0) * size, 64))};
-  }
-
- private:
-  template <class E>
-  void line(const E* in, std::int64_t count, S* out) const {
-    if (s_.col_stride != 1)
-      for (std::int64_t c = 0; c < count; ++c)
-        out[c] = static_cast<S>(to_float(in[c * s_.col_stride]));
-    else if (count == kPanel)  // a constant length
-      convert(in, out, kPanel);
-    else
-      convert(in, out, count);
-  }
-
-  const StridedMatrixView& s_;
-};
-
-// Where the numbers of a tile lie: rows `stride` apart in panels `panel` apart. Packed, or in
-// place.
-template <class S>
-struct Lines {
-  const S* data;
-  std::int64_t stride, panel;
-};
-
-// c[i] += sum of a[i] b over the columns of a tile, its vectors along the columns.
-template <class S>
-void add_dots(Lines<S> tile, std::int64_t rows, std::int64_t cols, const S* b, S* c) {
-  constexpr int w = kLanes<S>, kRows = 4;
-  for (std::int64_t i = 0; i < rows; i += kRows) {
-    const std::int64_t last = rows - 1 - i;  // rows beyond it are computed again
-    const S* row[kRows];
-    for (int k = 0; k < kRows; ++k)
-      row[k] = tile.data + (i + std::min<std::int64_t>(k, last)) * tile.stride;
-    Vec<S> sum[kRows] = {};
-    S rest[kRows] = {};
-    for (std::int64_t p = 0; p < cols; p += kPanel) {
-      const std::int64_t live = std::min(kPanel, cols - p);
-      std::int64_t q = 0;
-      for (; q + w <= live; q += w) {
-        const Vec<S> right = load(b + p + q);
-#pragma GCC unroll 4
-        for (int k = 0; k < kRows; ++k) sum[k] = fma(load(row[k] + q), right, sum[k]);
-      }
-      for (; q < live; ++q)
-        for (int k = 0; k < kRows; ++k) rest[k] += row[k][q] * b[p + q];
-      for (int k = 0; k < kRows; ++k) row[k] += tile.panel;
-    }
-    for (int k = 0; k < kRows && k <= last; ++k) {
-      S lanes[w];
-      store(lanes, sum[k]);
-      for (int step = w / 2; step > 0; step /= 2)
-        for (int q = 0; q < step; ++q) lanes[q] += lanes[q + step];
-      c[i + k] += lanes[0] + rest[k];
-    }
-  }
-}
-// c[j] += sum of a[., j] b over the rows of a tile.
-template <class S>
-void add_rows(Lines<S> tile, std::int64_t rows, std::int64_t cols, const S* b, S* c) {
-  constexpr int w = kLanes<S>, kVecs = kPanel / w;
-  for (std::int64_t p = 0; p < cols; p += kPanel, tile.data += tile.panel) {
-    if (cols - p >= kPanel) {
-      Vec<S> sum[kVecs] = {};
-      for (std::int64_t i = 0; i < rows; ++i) {
-        const Vec<S> factor = broadcast(b[i]);
-#pragma GCC unroll 24
-        for (int k = 0; k < kVecs; ++k)
-          sum[k] = fma(factor, load(tile.data + i * tile.stride + k * w), sum[k]);
-      }
-      for (int k = 0; k < kVecs; ++k) store(c + p + k * w, load(c + p + k * w) + sum[k]);
-      continue;
-    }
-    std::int64_t q = 0;
-    for (; p + q + w <= cols; q += w) {
-      Vec<S> sum{};
-      for (std::int64_t i = 0; i < rows; ++i)
-        sum = fma(broadcast(b[i]), load(tile.data + i * tile.stride + q), sum);
-      store(c + p + q, load(c + p + q) + sum);
-    }
-    for (; p + q < cols; ++q) {
-      S sum = 0;
-      for (std::int64_t i = 0; i < rows; ++i) sum += b[i] * tile.data[i * tile.stride + q];
-      c[p + q] += sum;
-    }
-  }
-}
-
-template <class S, bool kTransposed>
-void multiply_column(Lines<S> tile, std::int64_t rows, std::int64_t cols, const S* b, S* c,
-                     bool first) {
-  if (first) std::fill_n(c, kTransposed ? cols : rows, S{0});
-  kTransposed ? add_rows(tile, rows, cols, b, c) : add_dots(tile, rows, cols, b, c);
-}
-
 // A tile (rows, cols), in panels of `height` rows, times rows of every group of b, added to c.
 template <class S, bool kTransposed>
 void multiply_tile(const Groups<S>& groups, const S* tile, std::int64_t height, std::int64_t rows,
@@ -327,34 +157,6 @@ void multiply_tile(const Groups<S>& groups, const S* tile, std::int64_t height, 
     }
   }
 }
-
-template <class S>
-S* tile_memory() {
-  static thread_local Scratch memory;
-  return memory.get<S>(std::max(kTallRows * kStripe, kWideRows * kWideCols));
-}
-template <class S>
-S* sum_memory(std::int64_t count) {
-  static thread_local Scratch memory;
-  return memory.get<S>(count);
-}
-// The norms of tasks, added in order.
-class Norms {
- public:
-  Norms(Norm* total, std::int64_t tasks)
-      : total_(total), parts_(static_cast<std::size_t>(total != nullptr ? tasks : 0)) {}
-  ~Norms() {
-    for (const Part& part : parts_) total_->add(part);
-  }
-  Norm* of(std::int64_t task) {
-    return total_ != nullptr ? &parts_[static_cast<std::size_t>(task)] : nullptr;
-  }
-
- private:
-  struct Part : Norm {};  // a type of this file, and so its vector
-  Norm* total_;
-  std::vector<Part> parts_;
-};
 
 template <class S>
 void multiply(const Context& context, const Sweep& a, Panel<S> x, Panel<S> y) {
@@ -390,48 +192,36 @@ void multiply(const Context& context, const Sweep& a, Panel<S> x, Panel<S> y) {
   });
 }
 
-// Stripes of columns; where those are few, the sum over rows is cut into slabs, added in order.
-// Their partial results take no more room than y and z together.
 template <class S>
 void multiply_transposed(const Context& context, const Sweep& a, Panel<S> y, Panel<S> z) {
   const std::int64_t m = a.s.rows, n = a.s.cols;
   if (n == 0 || y.cols == 0) return;
-  const std::int64_t stripes = ceil_div(n, kStripe);
-  const std::int64_t width = ceil_div(ceil_div(n, stripes), kPanel) * kPanel;
-  const std::int64_t slabs = std::clamp<std::int64_t>(
-      std::min({ceil_div(32, stripes), 1 + m / n, m / (4 * kTallRows), kMaxSlabs}), 1, kMaxSlabs);
-  const std::int64_t slab = ceil_div(ceil_div(m, slabs), kTallRows) * kTallRows;
+  const Slabs slabs(m, n);
   const Groups<S> groups(y.cols);
   const Tiles<S> source(a);
   Scratch memory;
-  S* const partial = memory.get<S>((slabs - 1) * n * y.cols);
-  const std::int64_t sum_count = (width + kTallRows) * groups.width;
-  Norms norms(a.norm, stripes * slabs);
-  parallel_for(context, stripes * slabs, [&](std::int64_t task) {
-    const std::int64_t part = task / stripes, c0 = std::min(n, task % stripes * width);
-    const std::int64_t cols = std::min(width, n - c0), last = std::min(m, (part + 1) * slab);
+  S* const partial = memory.get<S>((slabs.count - 1) * n * y.cols);
+  const std::int64_t sum_count = (slabs.width + kTallRows) * groups.width;
+  Norms norms(a.norm, slabs.tasks());
+  parallel_for(context, slabs.tasks(), [&](std::int64_t task) {
+    const auto [part, c0, cols, first, last] = slabs.task(task);
     S* const out = part == 0 ? z.data + c0 * z.stride : partial + ((part - 1) * n + c0) * y.cols;
     S* const tile = tile_memory<S>();
     Scratch large;  // kept only where it is small
     S* const sums = sum_count > (1 << 18) ? large.get<S>(sum_count) : sum_memory<S>(sum_count);
-    S* const lines = sums + width * groups.width;
-    if (part * slab >= last) std::fill_n(sums, width * groups.width, S{0});
-    for (std::int64_t r0 = part * slab; r0 < last; r0 += kTallRows) {
+    S* const lines = sums + slabs.width * groups.width;
+    if (first >= last) std::fill_n(sums, slabs.width * groups.width, S{0});
+    for (std::int64_t r0 = first; r0 < last; r0 += kTallRows) {
       const std::int64_t rows = std::min(kTallRows, last - r0);
       groups.pack(y, r0, rows, lines, kTallRows, 0);
       source.pack(r0, c0, rows, cols, kTallRows, tile, norms.of(task));
-      multiply_tile<S, true>(groups, tile, kTallRows, rows, cols, lines, kTallRows, 0, sums, width,
-                             r0 == part * slab, source.ahead(r0 + kTallRows, kTallRows, c0, width));
+      multiply_tile<S, true>(groups, tile, kTallRows, rows, cols, lines, kTallRows, 0, sums,
+                             slabs.width, r0 == first,
+                             source.ahead(r0 + kTallRows, kTallRows, c0, slabs.width));
     }
-    groups.unpack(sums, width, cols, out, part == 0 ? z.stride : y.cols);
+    groups.unpack(sums, slabs.width, cols, out, part == 0 ? z.stride : y.cols);
   });
-  if (slabs > 1)
-    parallel_for(context, ceil_div(n, 64), [&](std::int64_t i) {
-      for (std::int64_t c = i * 64; c < std::min(n, (i + 1) * 64); ++c)
-        for (std::int64_t part = 0; part + 1 < slabs; ++part)
-          for (std::int64_t j = 0; j < y.cols; ++j)
-            z.data[c * z.stride + j] += partial[(part * n + c) * y.cols + j];
-    });
+  slabs.add(context, partial, z);
 }
 
 // sums[c] += over the rows of a tile in panels of `height` rows, or sums[i] += over its columns.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One pass over a strided matrix S: Y = S X or Z = S^T Y for thin X and Y. Compiled once per
-// instruction set (sweep_simd.cpp).
+// One pass over a strided matrix S: Y = S X or Z = S^T Y for thin X and Y, given or random and
+// sparse. Compiled once per instruction set (sweep_simd.cpp, sketch_simd.cpp).
 #pragma once
 #include "structmat/svd.h"
 #include "svd/norm.h"
@@ -31,6 +31,12 @@ struct GramSweep {
   void sweep_transposed(const Context& context, const Sweep& a, Panel<double> y, Panel<double> z); \
   void gram_sweep(const Context& context, const GramSweep& a, Panel<float> x, Panel<float> z);     \
   void gram_sweep(const Context& context, const GramSweep& a, Panel<double> x, Panel<double> z);   \
+  void sweep_sketch(const Context& context, const Sweep& a, std::uint64_t seed, Panel<float> y);   \
+  void sweep_sketch(const Context& context, const Sweep& a, std::uint64_t seed, Panel<double> y);  \
+  void sweep_sketch_transposed(const Context& context, const Sweep& a, std::uint64_t seed,         \
+                               Panel<float> z);                                                    \
+  void sweep_sketch_transposed(const Context& context, const Sweep& a, std::uint64_t seed,         \
+                               Panel<double> z);                                                   \
   }
 STRUCTMAT_DECLARE(baseline)
 STRUCTMAT_DECLARE(avx2)
