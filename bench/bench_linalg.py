@@ -21,6 +21,7 @@ ORTH = [(50_000, 64), (4096, 144), (2048, 64), (16_384, 256)]
 GRAM = [(16_384, 1024), (4096, 4096)]
 WIDTHS = [1, 8, 64]
 STEP = [(4096, 4096, 128), (2048, 2048, 64)]
+LAYERS = 4 * (4 * [(768, 768)] + [(3072, 768), (768, 3072)])
 TAIL = [(1024, 1024, 32)]
 Case = tuple[str, dict[str, Callable[[], Any]], float, float, torch.dtype]
 
@@ -76,7 +77,27 @@ def step_cases(args: Any) -> list[Case]:
         both = {"structmat": lambda A=A, Q=Q: sm.linalg.range_step(A, Q), "torch": theirs}
         flops = 4.0 * m * n * r + 4.0 * (m + n) * r * r
         found.append((f"range_step {m} x {n}, {r}", both, flops, 8.0 * m * n, A.dtype))
-    return found
+    return [*found, step_of_layers(args)]
+
+
+def step_of_layers(args: Any) -> Case:
+    """A step for every layer of a small transformer in one call."""
+    shapes, r = ([(40, 30), (30, 40)], 4) if args.tiny else (LAYERS, 64)
+    A = [torch.randn(*shape, device=args.device) for shape in shapes]
+    Q = [sm.linalg.gaussian(n, r, device=args.device) for _, n in shapes]
+
+    def theirs() -> list[tuple[torch.Tensor, ...]]:
+        found = []
+        for a, q in zip(A, Q, strict=True):
+            P = torch.linalg.qr(a @ q).Q
+            B = a.T @ P
+            found.append((P, torch.linalg.qr(B).Q, B))
+        return found
+
+    both = {"structmat": lambda: sm.linalg.range_step(A, Q), "torch": theirs}
+    flops = sum(4.0 * m * n * r + 4.0 * (m + n) * r * r for m, n in shapes)
+    bytes_ = sum(8.0 * m * n for m, n in shapes)
+    return f"range_step of {len(shapes)} layers, {r}", both, flops, bytes_, A[0].dtype
 
 
 def tail_cases(args: Any) -> list[Case]:

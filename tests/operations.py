@@ -48,8 +48,20 @@ def svd(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.ops.structmat.randomized_svd(A, 5, 3, None, 1)
 
 
+def gram_moments(A: torch.Tensor, X: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return sm.linalg.gram_matmul(A, X, return_moments=True)
+
+
 def orthonormalize(Y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.ops.structmat.orthonormalize(torch.cat([Y, Y], dim=1), 1)
+
+
+def range_step(A: torch.Tensor, Q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    wide = torch.promote_types(A.dtype, torch.float32)
+    P, after, B, finite = torch.ops.structmat.range_step(
+        [A, A.T], [Q.to(wide), A.to(wide)[:, :4]], 1
+    )
+    return (*P, *after, *B, finite)
 
 
 def svd_list(*A: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -93,7 +105,9 @@ OPERATIONS = [
     low_rank("low_rank_linear, odd sizes", 33, 41, 57, 13),
     low_rank("low_rank_linear, one token", 1, 96, 80, 24),
     Operation("gram_matmul", ((67, 45), (45, 5)), sm.linalg.gram_matmul),
+    Operation("gram_matmul_moments", ((67, 45), (45, 5)), gram_moments),
     Operation("orthonormalize", ((41, 7),), orthonormalize, False, WIDE),
+    Operation("range_step", ((41, 23), (23, 5)), range_step, False),
     Operation("randomized_svd", ((67, 45),), svd, False),
     Operation("randomized_svd_list", ((13, 9), (5, 11)), svd_list, False, (torch.float32,)),
     Operation("streaming_svd", ((133, 9),), streaming, False),

@@ -11,6 +11,7 @@ from reference import LAYOUTS, UNIT, assert_close, exact, gradients, make
 from reference import gram_matmul as reference_gram_matmul
 
 import structmat as sm
+from structmat.linalg.svd_tail import _by_torch
 
 ORTHOGONAL = {torch.float32: 1e-5, torch.float64: 1e-13}
 WIDE = [torch.float32, torch.float64]
@@ -237,12 +238,10 @@ PLAN = """
 #include "linalg/linalg_plan.h"
 using namespace structmat;
 constexpr std::int64_t big = std::int64_t{1} << 40;
-// Panels are 1 MB where 64 to 256 rows allow it; slabs take no more than a quarter of A's memory.
-static_assert(plan_gram_cpu(16384, 1024, 8).rows == 256 && plan_gram_cpu(100, big, 8).rows == 64);
-static_assert(plan_gram_cpu(4096, 4096, 64).rows == 64);
-static_assert(plan_gram_cpu(4096, 4096, 64).slabs == 16);
-static_assert(plan_gram_cpu(4096, 4096, 1024).slabs == 1 && plan_gram_cpu(0, 0, 0).slabs == 1);
-static_assert(plan_gram_cpu(big, 512, 1).slabs == 32);
+// Slabs take no more than a quarter of A's memory.
+static_assert(gram_slabs_cpu(16384, 8) == 32 && gram_slabs_cpu(4096, 64) == 16);
+static_assert(gram_slabs_cpu(4096, 1024) == 1 && gram_slabs_cpu(0, 0) == 1);
+static_assert(gram_slabs_cpu(big, 1) == 32);
 // On the GPU: panels of 16 MB for narrow X and large A, else the whole, of 16-bit A never.
 static_assert(gram_panel_rows_cuda(16384, 4096, 8, DType::f32) == 1024);
 static_assert(gram_panel_rows_cuda(16384, 4096, 64, DType::f32) == 16384);
@@ -263,6 +262,54 @@ def test_gram_matmul_plan():
         text=True,
         check=True,
     )
+
+
+@pytest.mark.parametrize("size", GRAM_SIZES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gram_matmul_moments(backend, dtype, size, layout):
+    m, n, l = size
+    A = make(2, m, n, dtype=dtype, device=backend.device, layout=layout)
+    X = make(2, n, l, dtype=dtype, device=backend.device, layout=layout)
+    Z, sums, norm = sm.linalg.gram_matmul(A, X, return_moments=True)
+    assert torch.equal(Z, sm.linalg.gram_matmul(A, X))
+    scale = exact(A).abs().mean().item() if A.numel() else 0.0
+    assert_close(sums, exact(A).sum(-2), terms=m, scale=scale)
+    assert_close(norm, exact(A).square().sum((-2, -1)).sqrt(), terms=m * n)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float64, 1e300), (torch.float64, 1e-300), (torch.float32, 1e30)],
+    ids=str,
+)
+def test_gram_matmul_moments_of_any_scale(backend, dtype, scale):
+    A = torch.randn(70, 20, dtype=dtype)
+    X = torch.zeros(20, 1, dtype=dtype, device=backend.device)
+    _, sums, norm = sm.linalg.gram_matmul((A * scale).to(backend.device), X, return_moments=True)
+    torch.testing.assert_close(sums.cpu() / scale, exact(A).sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.cpu() / scale, exact(A).norm(), rtol=1e-6, atol=0)
+    A[3, 3] = torch.nan
+    assert sm.linalg.gram_matmul(A.to(backend.device), X, return_moments=True).norm.isnan()
+
+
+def test_gram_matmul_moments_of_many_panels(dtype):
+    A, X = make(3001, 301, dtype=dtype, scale=0.05), make(301, 5, dtype=dtype)
+    for view in (A, A.mT.contiguous().mT):
+        _, sums, norm = sm.linalg.gram_matmul(view, X, return_moments=True)
+        assert_close(sums, exact(A).sum(0), terms=3001, scale=0.05 * 3001**0.5)
+        assert_close(norm, exact(A).norm(), terms=3001 * 301)
+
+
+def test_gram_matmul_moments_gradient_and_opcheck():
+    A, X = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((9, 4), (4, 2)))
+    torch.library.opcheck(torch.ops.structmat.gram_matmul_moments.default, (A, X))
+    found = sm.linalg.gram_matmul(A, X, return_moments=True)
+    assert not found.norm.requires_grad
+    assert not found.column_sums.requires_grad
+    loss = lambda A, X: sm.linalg.gram_matmul(A, X, return_moments=True).Z  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (A, X))
+    with pytest.raises(RuntimeError, match="gram_matmul: return_moments has no rule"):
+        torch.func.vmap(lambda X: sm.linalg.gram_matmul(A, X, return_moments=True))(X[None])
 
 
 def test_gram_matmul_batched(backend, dtype):
@@ -426,6 +473,26 @@ def test_svd_tail_on_each_back_end(backend):
     verify_tail(torch.zeros(5, 3), 2, sm.linalg.svd_tail(torch.zeros(5, 3), 2))
 
 
+@both
+@pytest.mark.parametrize("name", ["slow", "singular", "gap"])
+def test_svd_tail_by_torch(backend, dtype, name):
+    """What CUDA tensors take."""
+    A = tail_matrix(50, 41, name).to(dtype)
+    result = _by_torch(A.to(backend.device), 4, 8, 0)
+    verify_tail(A, 4, result)
+
+
+def test_svd_tail_same_bits_for_any_number_of_threads(threads):
+    for name in ("gap", "flat"):
+        A = tail_matrix(1030, 120, name).float()
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(sm.linalg.svd_tail(A, 4))
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))
+
+
 @pytest.mark.parametrize(
     ("A", "rank", "options", "error", "message"),
     [
@@ -506,6 +573,60 @@ def test_range_step_bad_arguments(A, Q, error, message):
         sm.linalg.range_step(A, Q)
 
 
+def reference_step(A, Q):
+    """In float64, with the signs of orthonormalize: a positive diagonal of R."""
+    P, R = torch.linalg.qr(exact(A) @ exact(Q))
+    P = P * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+    B = exact(A).mT @ P
+    after, R = torch.linalg.qr(B)
+    return P, after * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :], B
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_range_step_of_each_type_and_layout(backend, dtype, layout):
+    wide = torch.promote_types(dtype, torch.float32)
+    A = [make(*s, dtype=dtype, device=backend.device, layout=layout) for s in ((35, 21), (9, 30))]
+    Q = [make(*s, dtype=wide, device=backend.device, layout=layout) for s in ((21, 5), (30, 3))]
+    kept = [t.clone() for t in (*A, *Q)]
+    for step, a, q in zip(sm.linalg.range_step(A, Q), A, Q, strict=True):
+        alone = sm.linalg.range_step(a, q)
+        for found, same, want in zip(step, alone, reference_step(a, q), strict=True):
+            assert torch.equal(found, same)
+            assert_close(found, want, wide, terms=400)
+    assert all(map(torch.equal, kept, (*A, *Q)))
+
+
+def test_range_step_of_deficient_and_empty_matrices(backend):
+    A = [torch.ones(20, 9), torch.zeros(6, 8), torch.randn(5, 7), torch.ones(0, 4)]
+    Q = [sm.linalg.gaussian(a.shape[1], min(a.shape[0], 4)) for a in A]
+    Q[2] = Q[2][:, :0]
+    for a, step in zip(A, sm.linalg.range_step([a.to(backend.device) for a in A], Q), strict=True):
+        assert departure(step.P) <= 1e-5 if step.P.numel() else True
+        assert departure(step.Q) <= 1e-5 if step.Q.numel() else True
+        torch.testing.assert_close(step.B, a.T @ step.P)
+        torch.testing.assert_close(step.P @ step.B.T, a if step.P.numel() else 0 * a)
+    assert sm.linalg.range_step([], []) == []
+
+
+def test_range_step_names_what_is_not_finite(backend):
+    A = [torch.randn(2, 8, 6, device=backend.device) for _ in range(3)]
+    A[1][1, 7, 5] = torch.inf
+    Q = [torch.ones(2, 6, 2, device=backend.device) for _ in range(3)]
+    with pytest.raises(torch.linalg.LinAlgError, match=r"range_step: .*, in item 1$"):
+        sm.linalg.range_step(A, Q)
+
+
+def test_range_step_opcheck_and_compile():
+    A, Q = torch.randn(9, 7), torch.randn(7, 2)
+    torch.library.opcheck(torch.ops.structmat.range_step.default, ([A, A.T], [Q, A[:, :3]], 0))
+    compiled = torch.compile(lambda A, Q: sm.linalg.range_step(A, Q), fullgraph=True)
+    for found, want in zip(compiled(A, Q), sm.linalg.range_step(A, Q), strict=True):
+        torch.testing.assert_close(found, want)
+    nan = A.clone()
+    nan[3, 3] = torch.nan
+    assert compiled(nan, Q)[0].isnan().all()
+
+
 def test_autocast_changes_nothing():
     """Decompositions keep their precision where layers are told to compute in bfloat16."""
     A, Q = torch.randn(60, 40), sm.linalg.gaussian(40, 5)
@@ -535,6 +656,8 @@ def test_same_bits_for_any_number_of_threads(shape, threads):
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append((sm.linalg.orthonormalize(A), sm.linalg.gram_matmul(A, X)))
+            pair = sm.linalg.range_step([A, A[: shape[1]]], [X, X[:, :5]])
+            results.append((sm.linalg.orthonormalize(A), sm.linalg.gram_matmul(A, X), *pair[1]))
+            results[-1] += (*pair[0], *sm.linalg.gram_matmul(A, X, return_moments=True))
         for other in results[1:]:
             assert all(map(torch.equal, results[0], other))

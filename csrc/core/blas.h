@@ -21,11 +21,22 @@ void syrk(int n, int k, double alpha, const double* a, int lda, double beta, dou
 int potrf(int n, double* a, int lda);
 // A <- A^-1, A upper triangular.
 void trtri(int n, double* a, int lda);
+// B (m, n) <- B op(R)^-1, R upper triangular.
+void trsm(char trans, int m, int n, const double* r, int ldr, double* b, int ldb);
+// A (m, n) = Q R, m >= n: R takes A's upper triangle, Q's reflections the rest and tau (n).
+void geqrf(int m, int n, float* a, int lda, float* tau);
+void geqrf(int m, int n, double* a, int lda, double* tau);
+// C (m, k) <- Q C, Q (m, m) from the n reflections of geqrf.
+void ormqr(int m, int k, int n, const float* a, int lda, const float* tau, float* c, int ldc);
+void ormqr(int m, int k, int n, const double* a, int lda, const double* tau, double* c, int ldc);
 // The upper triangle of symmetric A (n, n) becomes A's eigenvectors by columns, w its eigenvalues,
 // ascending; false where the iteration does not converge.
 bool syevd(int n, double* a, int lda, double* w);
 // A (n, n) = U diag(S) Vt, A is destroyed; false where the iteration does not converge.
 bool gesdd(int n, float* a, int lda, float* s, float* u, int ldu, float* vt, int ldvt);
 bool gesdd(int n, double* a, int lda, double* s, double* u, int ldu, double* vt, int ldvt);
+// The same by QR iteration: slower, with smaller residuals.
+bool gesvd(int n, float* a, int lda, float* s, float* u, int ldu, float* vt, int ldvt);
+bool gesvd(int n, double* a, int lda, double* s, double* u, int ldu, double* vt, int ldvt);
 
 }  // namespace structmat::blas

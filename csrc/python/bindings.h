@@ -5,7 +5,9 @@
 
 namespace structmat::python {
 
+void register_linalg(pybind11::module_& m);
 void register_random(pybind11::module_& m);
+void register_streaming_svd(pybind11::module_& m);
 void register_svd(pybind11::module_& m);
 
 }  // namespace structmat::python

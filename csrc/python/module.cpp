@@ -19,6 +19,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("simd") = info.simd;
   m.attr("cuda") = *info.cuda_architectures != '\0';
   m.attr("cuda_architectures") = info.cuda_architectures;
+  structmat::python::register_linalg(m);
   structmat::python::register_random(m);
+  structmat::python::register_streaming_svd(m);
   structmat::python::register_svd(m);
 }

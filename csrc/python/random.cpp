@@ -24,7 +24,8 @@ py::array gaussian_of(std::int64_t rows, std::int64_t cols, std::uint64_t seed,
 }
 
 py::array gaussian(std::int64_t rows, std::int64_t cols, std::uint64_t seed, std::uint32_t stream,
-                   const py::dtype& dtype, int threads) {
+                   const py::object& type, int threads) {
+  const py::dtype dtype = py::dtype::from_args(type);
   if (dtype.equal(py::dtype::of<double>()))
     return gaussian_of<double>(rows, cols, seed, stream, threads);
   if (dtype.equal(py::dtype::of<float>()))

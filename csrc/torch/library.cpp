@@ -21,7 +21,11 @@ STRUCTMAT_LIBRARY(m) {
       "block_sweep(Tensor A, Tensor X, Tensor(a!) Y, Tensor(b!) Z, Tensor(c!) facts, bool measure) "
       "-> ()");
   m.def("gram_matmul(Tensor A, Tensor X) -> Tensor");
+  m.def("gram_matmul_moments(Tensor A, Tensor X) -> (Tensor Z, Tensor sums, Tensor norm)");
   m.def("orthonormalize(Tensor Y, int seed) -> (Tensor Q, Tensor residual)");
+  m.def(
+      "range_step(Tensor[] A, Tensor[] Q, int seed) -> "
+      "(Tensor[] P, Tensor[] next, Tensor[] B, Tensor finite)");
   m.def("gaussian(Tensor like, int rows, int cols, int seed, int stream) -> Tensor");
   m.def("low_rank_linear(Tensor x, Tensor U, Tensor V, Tensor? bias=None) -> Tensor");
   m.def(
@@ -30,6 +34,9 @@ STRUCTMAT_LIBRARY(m) {
   m.def(
       "low_rank_linear_backward(Tensor dy, Tensor? x, Tensor U, Tensor V, Tensor? hidden, "
       "bool need_x, bool need_bias) -> (Tensor dx, Tensor dU, Tensor dV, Tensor dbias)");
+  m.def(  // on the CPU alone
+      "svd_tail(Tensor A, int rank, int? oversample, int seed) -> "
+      "(Tensor U, Tensor S, Tensor Vh, Tensor info)");
   m.def(
       "randomized_svd(Tensor A, int rank, int? oversample, int? sweeps, int seed) -> "
       "(Tensor U, Tensor S, Tensor Vh, Tensor info)");

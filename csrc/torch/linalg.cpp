@@ -84,7 +84,8 @@ std::tuple<Tensor, Tensor> orthonormalize(const Tensor& Y, std::int64_t seed) {
   return {Q, residual};
 }
 
-Tensor gram_matmul(const Tensor& A, const Tensor& X) {
+// Z, and with moments the column sums (..., n) and the norms (...), float64.
+std::tuple<Tensor, Tensor, Tensor> gram(const Tensor& A, const Tensor& X, bool moments) {
   constexpr const char* op = "gram_matmul";
   check_same_device(A, X, op, "X");
   const Batch a(A, op, "A"), x(X, op, "X");
@@ -92,22 +93,128 @@ Tensor gram_matmul(const Tensor& A, const Tensor& X) {
   const std::int64_t n = A.size(A.dim() - 1), l = X.size(X.dim() - 1);
   std::vector<std::int64_t> sizes = a.sizes();
   sizes.push_back(n);
+  Tensor sums = torch::stable::new_empty(A, moments ? sizes : std::vector<std::int64_t>{0},
+                                         ScalarType::Double);
+  Tensor norm = torch::stable::new_empty(A, moments ? a.sizes() : std::vector<std::int64_t>{0},
+                                         ScalarType::Double);
   sizes.push_back(l);
   Tensor Z = torch::stable::new_empty(A, sizes);
   const DType dtype = dtype_of(A, op, "A");
   Scope scope(A);
   if (a.count() > 0) scope.lend_workspace(A, gram_matmul_workspace(scope.context, a[0], x[0]));
-  for (std::int64_t i = 0; i < a.count(); ++i)
+  for (std::int64_t i = 0; i < a.count(); ++i) {
+    GramMoments wanted;
+    if (moments)
+      wanted = {{static_cast<double*>(sums.data_ptr()) + i * n, n},
+                static_cast<double*>(norm.data_ptr()) + i};
     structmat::gram_matmul(
         scope.context, a[i], x[i],
         {static_cast<char*>(Z.data_ptr()) + i * n * l * static_cast<std::int64_t>(size_of(dtype)),
-         dtype, n, l, l});
-  return Z;
+         dtype, n, l, l},
+        wanted);
+  }
+  return {Z, sums, norm};
+}
+
+Tensor gram_matmul(const Tensor& A, const Tensor& X) {
+  return std::get<0>(gram(A, X, false));
+}
+
+std::tuple<Tensor, Tensor, Tensor> gram_matmul_moments(const Tensor& A, const Tensor& X) {
+  return gram(A, X, true);
+}
+
+// (..., rows, cols) like `like`, float32 or float64, and its matrices' views.
+class Result {
+ public:
+  Result(const Tensor& like, const Batch& batch, DType dtype, std::int64_t rows, std::int64_t cols)
+      : dtype_(dtype), rows_(rows), cols_(cols) {
+    std::vector<std::int64_t> sizes = batch.sizes();
+    sizes.push_back(rows);
+    sizes.push_back(cols);
+    tensor = torch::stable::new_empty(like, sizes,
+                                      dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  }
+  MatrixView operator[](std::int64_t index) const {
+    const std::int64_t offset = index * rows_ * cols_ * static_cast<std::int64_t>(size_of(dtype_));
+    return {static_cast<char*>(tensor.data_ptr()) + offset, dtype_, rows_, cols_, cols_};
+  }
+  Tensor tensor;
+
+ private:
+  DType dtype_;
+  std::int64_t rows_, cols_;
+};
+
+// `finite` has an entry for every matrix; where it is 0 results are NaN, on the CPU too: the Python
+// function raises, compiled graphs go on with NaN.
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor> range_step(
+    const std::vector<Tensor>& A, const std::vector<Tensor>& Q, std::int64_t seed) {
+  constexpr const char* op = "range_step";
+  STD_TORCH_CHECK(seed >= 0, op, ": seed is ", seed, ", wanted 0 to 2^63 - 1");
+  STD_TORCH_CHECK(!A.empty() && A.size() == Q.size(), op, ": A is a list of ", A.size(), ", Q of ",
+                  Q.size(), ", wanted as many and at least one");
+  std::vector<RangeStep> steps;
+  std::vector<Tensor> P, next, B;
+  for (std::size_t i = 0; i < A.size(); ++i) {
+    check_same_device(A[0], A[i], op, "a matrix of the list");
+    check_same_device(A[0], Q[i], op, "Q");
+    const Batch a(A[i], op, "A"), q(Q[i], op, "Q");
+    STD_TORCH_CHECK(a.sizes() == q.sizes(), op, ": A and Q have other leading dimensions");
+    const DType dtype = dtype_of(A[i], op, "A") == DType::f64 ? DType::f64 : DType::f32;
+    const std::int64_t m = A[i].size(A[i].dim() - 2), n = A[i].size(A[i].dim() - 1);
+    const std::int64_t r = Q[i].size(Q[i].dim() - 1);
+    const Result p(A[i], a, dtype, m, r), x(A[i], a, dtype, n, r), b(A[i], a, dtype, n, r);
+    for (std::int64_t k = 0; k < a.count(); ++k) steps.push_back({a[k], q[k], p[k], x[k], b[k]});
+    P.push_back(p.tensor);
+    next.push_back(x.tensor);
+    B.push_back(b.tensor);
+  }
+  const auto count = static_cast<std::int64_t>(steps.size());
+  Tensor finite = torch::stable::new_empty(A[0], {count}, ScalarType::Double);
+  for (std::int64_t k = 0; k < count; ++k)
+    steps[static_cast<std::size_t>(k)].finite = static_cast<double*>(finite.data_ptr()) + k;
+  Scope scope(A[0]);
+  scope.lend_workspace(A[0], range_step_workspace(scope.context, steps.data(), count));
+  structmat::range_step(scope.context, steps.data(), count, static_cast<std::uint64_t>(seed));
+  return {P, next, B, finite};
+}
+
+// Where A holds NaN or Inf or LAPACK fails all is NaN and `finite` 0: the Python function raises.
+std::tuple<Tensor, Tensor, Tensor, Tensor> svd_tail(const Tensor& A, std::int64_t rank,
+                                                    std::optional<std::int64_t> oversample,
+                                                    std::int64_t seed) {
+  constexpr const char* op = "svd_tail";
+  STD_TORCH_CHECK(seed >= 0, op, ": seed is ", seed, ", wanted 0 to 2^63 - 1");
+  const StridedMatrixView a = strided_matrix_view(A, op, "A");
+  // Refused before U is made, whose size it is.
+  const std::int64_t k = std::clamp<std::int64_t>(rank, 0, std::min(a.rows, a.cols));
+  const auto dtype = a.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+  Tensor U = torch::stable::new_empty(A, {a.rows, k}, dtype);
+  Tensor S = torch::stable::new_empty(A, {k}, dtype);
+  Tensor Vh = torch::stable::new_empty(A, {k, a.cols}, dtype);
+  Tensor info = torch::stable::new_empty(
+      A, {static_cast<std::int64_t>(sizeof(SvdInfo) / sizeof(double))}, ScalarType::Double);
+  try {
+    structmat::svd_tail(Context{}, a, {rank, oversample, static_cast<std::uint64_t>(seed)},
+                        matrix_view(U, op, "U"), vector_view(S, op, "S"), matrix_view(Vh, op, "Vh"),
+                        static_cast<SvdInfo*>(info.data_ptr()));
+  } catch (const LinAlgError&) {
+    for (Tensor* t : {&U, &S, &Vh, &info})
+      torch::stable::fill_(*t, std::numeric_limits<double>::quiet_NaN());
+    static_cast<SvdInfo*>(info.data_ptr())->finite = 0;
+  }
+  return {U, S, Vh, info};
 }
 
 }  // namespace
 
+STRUCTMAT_IMPL(CPU, m) {
+  m.impl("svd_tail", TORCH_BOX(&svd_tail));
+}
+STRUCTMAT_REGISTER("range_step", &range_step)
 STRUCTMAT_REGISTER("orthonormalize", &orthonormalize)
 STRUCTMAT_REGISTER("gram_matmul", &gram_matmul)
+STRUCTMAT_REGISTER("gram_matmul_moments", &gram_matmul_moments)
 
 }  // namespace structmat::torch_bindings

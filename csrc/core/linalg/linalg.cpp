@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "structmat/linalg.h"
 
+#include <algorithm>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "linalg/linalg_kernels.h"
+#include "side_by_side.h"
 #include "structmat/error.h"
 
 namespace structmat {
@@ -40,6 +43,32 @@ void check_operands(const StridedMatrixView& a, const StridedMatrixView& x) {
       "gram_matmul: X has " + std::to_string(x.cols) + " columns, wanted fewer than 2^31");
 }
 
+void check_part(const MatrixView& part, DType dtype, std::int64_t rows, std::int64_t cols,
+                const char* op, const char* name) {
+  STRUCTMAT_CHECK(part.dtype == dtype && part.rows == rows && part.cols == cols,
+                  std::string(op) + ": " + name + " is " + name_of(part.dtype) + " " +
+                      shape(part.rows, part.cols) + ", wanted " + name_of(dtype) + " " +
+                      shape(rows, cols));
+}
+
+void check_step(const RangeStep& s) {
+  const std::int64_t m = s.a.rows, n = s.a.cols, r = s.q.cols;
+  const DType dtype = s.a.dtype == DType::f64 ? DType::f64 : DType::f32;
+  STRUCTMAT_CHECK(s.q.dtype == dtype, std::string("range_step: Q is ") + name_of(s.q.dtype) +
+                                          ", wanted " + name_of(dtype) + " for A of " +
+                                          name_of(s.a.dtype));
+  STRUCTMAT_CHECK(s.q.rows == n && r <= std::min(m, n),
+                  "range_step: A has shape " + shape(m, n) + ", Q " + shape(s.q.rows, r) +
+                      ", wanted " + std::to_string(n) + " rows and at most " +
+                      std::to_string(std::min(m, n)) + " columns");
+  STRUCTMAT_CHECK(r <= 20000, "range_step: Q has " + std::to_string(r) +
+                                  " columns, wanted at most 20000 (LAPACK counts in 32 bits)");
+  check_part(s.p, dtype, m, r, "range_step", "P");
+  check_part(s.next, dtype, n, r, "range_step", "the next Q");
+  check_part(s.b, dtype, n, r, "range_step", "B");
+  STRUCTMAT_CHECK(s.finite != nullptr, "range_step: finite is null");
+}
+
 }  // namespace
 
 void orthonormalize(const Context& context, const StridedMatrixView& y, std::uint64_t seed,
@@ -68,24 +97,86 @@ std::size_t orthonormalize_workspace(const Context& context, const StridedMatrix
 }
 
 void gram_matmul(const Context& context, const StridedMatrixView& a, const StridedMatrixView& x,
-                 MatrixView z) {
+                 MatrixView z, GramMoments moments) {
   check_operands(a, x);
   STRUCTMAT_CHECK(z.dtype == a.dtype && z.rows == a.cols && z.cols == x.cols,
                   std::string("gram_matmul: Z is ") + name_of(z.dtype) + " " +
                       shape(z.rows, z.cols) + ", wanted " + name_of(a.dtype) + " " +
                       shape(a.cols, x.cols));
-  if (z.rows == 0 || z.cols == 0) return;
+  const VectorView& sums = moments.column_sums;
+  STRUCTMAT_CHECK(sums.data == nullptr || (sums.dtype == DType::f64 && sums.size == a.cols),
+                  std::string("gram_matmul: column_sums is ") + name_of(sums.dtype) + " (" +
+                      std::to_string(sums.size) + ",), wanted float64 (" + std::to_string(a.cols) +
+                      ",)");
+  if ((z.rows == 0 || z.cols == 0) && sums.data == nullptr && moments.norm == nullptr) return;
   check_workspace(context, gram_matmul_workspace(context, a, x), "gram_matmul");
   if (context.device == Device::cuda)
-    gram_matmul_cuda(context, a, x, z);
+    gram_matmul_cuda(context, a, x, z, moments);
   else
-    gram_matmul_cpu(context, a, x, z);
+    gram_matmul_cpu(context, a, x, z, moments);
 }
 
 std::size_t gram_matmul_workspace(const Context& context, const StridedMatrixView& a,
                                   const StridedMatrixView& x) {
   check_operands(a, x);
   return context.device == Device::cuda ? gram_matmul_workspace_cuda(a, x) : 0;
+}
+
+void range_step(const Context& context, const RangeStep* steps, std::int64_t count,
+                std::uint64_t seed) {
+  const std::size_t wanted = range_step_workspace(context, steps, count);
+  if (context.device == Device::cuda) {
+    check_workspace(context, wanted, "range_step");
+    for (std::int64_t i = 0; i < count; ++i) range_step_cuda(context, steps[i], seed);
+    return;
+  }
+  std::vector<double> costs;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double m = static_cast<double>(steps[i].a.rows), n = static_cast<double>(steps[i].a.cols);
+    const double r = static_cast<double>(steps[i].q.cols);
+    costs.push_back(4 * m * n * r + 12 * (m + n) * r * r);
+  }
+  run_side_by_side(context, costs, [&](const Context& with, std::int64_t i) {
+    range_step_cpu(with, steps[i], seed);
+  });
+}
+
+std::size_t range_step_workspace(const Context& context, const RangeStep* steps,
+                                 std::int64_t count) {
+  std::size_t most = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    check_step(steps[i]);
+    if (context.device == Device::cuda) most = std::max(most, range_step_workspace_cuda(steps[i]));
+  }
+  return most;
+}
+
+void svd_tail(const Context& context, const StridedMatrixView& a, const SvdTailOptions& options,
+              MatrixView u, VectorView s, MatrixView vh, SvdInfo* info) {
+  const std::string op = "svd_tail: ";
+  const std::int64_t k = options.rank, small = std::min(a.rows, a.cols);
+  STRUCTMAT_CHECK(context.device == Device::cpu, op + "runs on the CPU alone");
+  STRUCTMAT_CHECK(small > 0, op + "A is empty, shape " + shape(a.rows, a.cols));
+  STRUCTMAT_CHECK(k >= 1 && k <= small, op + "rank is " + std::to_string(k) + ", wanted 1 to " +
+                                            std::to_string(small) + " for A of shape " +
+                                            shape(a.rows, a.cols));
+  STRUCTMAT_CHECK(
+      options.oversample.value_or(0) >= 0,
+      op + "oversample is " + std::to_string(*options.oversample) + ", wanted at least 0");
+  STRUCTMAT_CHECK(small <= 20000,
+                  op + "A has shape " + shape(a.rows, a.cols) +
+                      ", wanted a side of at most 20000 (LAPACK counts in 32 bits)");
+  STRUCTMAT_CHECK(std::max(a.rows, a.cols) <= std::numeric_limits<std::int32_t>::max(),
+                  op + "A has shape " + shape(a.rows, a.cols) +
+                      ", wanted sides below 2^31 (LAPACK counts in 32 bits)");
+  const DType dtype = a.dtype == DType::f64 ? DType::f64 : DType::f32;
+  check_part(u, dtype, a.rows, k, "svd_tail", "U");
+  check_part(vh, dtype, k, a.cols, "svd_tail", "Vh");
+  STRUCTMAT_CHECK(s.dtype == dtype && s.size == k,
+                  op + "S is " + name_of(s.dtype) + " (" + std::to_string(s.size) + ",), wanted " +
+                      name_of(dtype) + " (" + std::to_string(k) + ",)");
+  STRUCTMAT_CHECK(info != nullptr, op + "info is null");
+  svd_tail_cpu(context, a, options, u, s, vh, info);
 }
 
 }  // namespace structmat

@@ -6,6 +6,7 @@
 #include "cuda/gemm.h"
 #include "linalg/linalg_kernels.h"
 #include "linalg/linalg_plan.h"
+#include "linalg/moments_cuda.cuh"
 #include "structmat/error.h"
 #include "svd/orth_cuda.cuh"
 
@@ -46,10 +47,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-void orthonormalize_as(const Context& context, const StridedMatrixView& from, std::uint64_t seed,
-                       MatrixView q, VectorView residual) {
+void orthonormalize_as(const Context& context, const OrthBuffers& b, const StridedMatrixView& from,
+                       std::uint64_t seed, MatrixView q, double* residual) {
   const std::int64_t m = from.rows, l = from.cols;
-  const OrthBuffers b(context.workspace, m, l);
   const Panel<double> y{b.y, m, l, l};
   void* stream = context.stream;
   SM_LAUNCH(start_kernel, 1, 1, 0, stream, b.work.state);
@@ -71,8 +71,8 @@ void orthonormalize_as(const Context& context, const StridedMatrixView& from, st
     orth_pass(context, b.work,
               {pass, true, noise, growth, 0.0, seed, static_cast<std::uint32_t>(pass + 1)}, y, y);
   SM_LAUNCH(orth_finish_kernel<T>, blocks_for(m * l), kThreads, 0, stream, y,
-            (Panel<T>{static_cast<T*>(q.data), m, l, q.row_stride}), b.work.columns,
-            static_cast<double*>(residual.data), b.work.state);
+            (Panel<T>{static_cast<T*>(q.data), m, l, q.row_stride}), b.work.columns, residual,
+            b.work.state);
 }
 
 // A as cuBLAS reads it, or how it is converted: rows or columns side by side.
@@ -87,27 +87,82 @@ struct Stored {
   }
 };
 
+// Rows of a panel of A that must be converted: never a copy of A as a whole.
+template <class T>
+std::int64_t converted_rows(const StridedMatrixView& a) {
+  const std::int64_t row = std::max<std::int64_t>(a.cols, 1) * static_cast<std::int64_t>(sizeof(T));
+  return std::clamp<std::int64_t>(kGramPanelBytes / row, 1, std::max<std::int64_t>(a.rows, 1));
+}
+
 template <class T>
 struct GramBuffers {
   std::int64_t rows;     // of a panel
   T *p, *x, *z, *panel;  // (rows, l), (n, l) where X and Z are not as cuBLAS reads them, (rows, n)
+  double* sums;          // (slabs, n)
+  ScaledNorm *norms, *norm;
   void* gemm;
   std::size_t bytes;
 
   GramBuffers(void* base, const StridedMatrixView& a, const StridedMatrixView& x_view) {
     cuda::Arena arena(base);
     const std::int64_t n = a.cols, l = x_view.cols;
-    rows = gram_panel_rows_cuda(a.rows, n, l, a.dtype);
     const bool in_place = Stored(a).in_place;
-    if (!in_place) {  // never a copy of A but of a panel
-      const std::int64_t row = std::max<std::int64_t>(n, 1) * static_cast<std::int64_t>(sizeof(T));
-      rows = std::clamp<std::int64_t>(kGramPanelBytes / row, 1, std::max<std::int64_t>(a.rows, 1));
-    }
+    rows = in_place ? gram_panel_rows_cuda(a.rows, n, l, a.dtype) : converted_rows<T>(a);
     p = arena.take<T>(rows * l);
     x = arena.take<T>(n * l);
     z = arena.take<T>(a.dtype == dtype_of<T>() ? 0 : n * l);
     panel = arena.take<T>(in_place ? 0 : rows * n);
+    sums = arena.take<double>(moment_slabs(rows, n) * n);
+    norms = arena.take<ScaledNorm>(kMaxMeasures);
+    norm = arena.take<ScaledNorm>(1);
     gemm = arena.take<unsigned char>(cuda::kGemmWorkspace);
+    bytes = arena.used();
+  }
+};
+
+template <class T>
+void add_moments(const Context& context, const StridedMatrixView& a, std::int64_t first,
+                 std::int64_t rows, const GramBuffers<T>& b, const GramMoments& moments) {
+  dispatch_dtype(a.dtype, [&](auto element) {
+    using S = decltype(element);
+    const S* const data = static_cast<const S*>(a.data) + first * a.row_stride;
+    if (moments.column_sums.data != nullptr && a.cols > 0) {
+      const unsigned slabs = moment_slabs(b.rows, a.cols);
+      const int width = a.col_stride == 1 ? 32 : 1;
+      SM_LAUNCH(column_sums_kernel<S>, dim3(tiles(a.cols, width), slabs), kThreads, 0,
+                context.stream, data, rows, a.cols, a.row_stride, a.col_stride, width, b.sums);
+      SM_LAUNCH(add_sums_kernel, tiles(a.cols, kThreads), kThreads, 0, context.stream, b.sums,
+                static_cast<int>(slabs), a.cols, first == 0,
+                static_cast<double*>(moments.column_sums.data));
+    }
+    if (moments.norm != nullptr) {
+      const unsigned count = measure_count(rows * a.cols);
+      SM_LAUNCH(measure_kernel<S>, count, kThreads, 0, context.stream, data, rows, a.cols,
+                a.row_stride, a.col_stride, b.norms);
+      SM_LAUNCH(add_norms_kernel, 1, kThreads, 0, context.stream, b.norms, static_cast<int>(count),
+                first == 0, b.norm, moments.norm);
+    }
+  });
+}
+
+template <class T>
+struct StepBuffers {
+  std::int64_t rows;  // of a panel
+  T *q, *panel;       // (n, r), (rows, n)
+  double* residual;
+  void* orth;
+  std::size_t bytes;
+
+  StepBuffers(void* base, const RangeStep& s) {
+    cuda::Arena arena(base);
+    const std::int64_t m = s.a.rows, n = s.a.cols, r = s.q.cols;
+    const bool in_place = Stored(s.a).in_place;
+    rows = in_place ? std::max<std::int64_t>(m, 1) : converted_rows<T>(s.a);
+    q = arena.take<T>(n * r);
+    panel = arena.take<T>(in_place ? 0 : rows * n);
+    residual = arena.take<double>(r);
+    const auto size = static_cast<std::int64_t>(OrthBuffers(nullptr, std::max(m, n), r).bytes);
+    orth = arena.take<unsigned char>(size);
     bytes = arena.used();
   }
 };
@@ -133,44 +188,80 @@ void gather(const Context& context, const StridedMatrixView& a, std::int64_t fir
   });
 }
 
+// Rows [first, first + rows) of A as cuBLAS reads them: where they lie, or converted.
+template <class T>
+class Rows {
+ public:
+  Rows(const Context& context, const StridedMatrixView& a, std::int64_t first, std::int64_t rows,
+       T* converted, void* gemm)
+      : context_(context),
+        transposed_(Stored(a).transposed),
+        rows_(rows),
+        cols_(a.cols),
+        data_(converted),
+        stride_(a.cols),
+        gemm_(gemm) {
+    if (Stored(a).in_place) {
+      stride_ = transposed_ ? a.col_stride : a.row_stride;
+      data_ = static_cast<const T*>(a.data) + first * (transposed_ ? 1 : stride_);
+    } else if (rows > 0) {
+      gather(context, a, first, Panel<T>{converted, rows, a.cols, a.cols});
+    }
+  }
+  // out (rows, l) = A_b x
+  void multiply(Panel<T> x, Panel<T> out) const { product(transposed_, rows_, cols_, x, out, 0); }
+  // out (n, l) = beta out + A_b^T y
+  void multiply_transposed(Panel<T> y, Panel<T> out, double beta) const {
+    product(!transposed_, cols_, rows_, y, out, beta);
+  }
+
+ private:
+  void product(bool transposed, std::int64_t m, std::int64_t k, Panel<T> x, Panel<T> out,
+               double beta) const {
+    constexpr DType dtype = dtype_of<T>();
+    cuda::gemm(context_,
+               cuda::Gemm{transposed, false, m, x.cols, k, data_, stride_, x.data, x.stride,
+                          out.data, out.stride, dtype, dtype, 1.0, beta},
+               gemm_);
+  }
+
+  const Context& context_;
+  const bool transposed_;
+  const std::int64_t rows_, cols_;
+  const T* data_;
+  std::int64_t stride_;
+  void* const gemm_;
+};
+
+// X where it lies or, with other strides or types, in `copy`.
+template <class T>
+Panel<T> thin_operand(const Context& context, const StridedMatrixView& x, T* copy) {
+  if (x.dtype == dtype_of<T>() && x.col_stride == 1 && x.row_stride >= x.cols)
+    return {const_cast<T*>(static_cast<const T*>(x.data)), x.rows, x.cols, x.row_stride};  // read
+  gather(context, x, 0, Panel<T>{copy, x.rows, x.cols, x.cols});
+  return {copy, x.rows, x.cols, x.cols};
+}
+
 template <class T>
 void gram_matmul_as(const Context& context, const StridedMatrixView& a, const StridedMatrixView& x,
-                    MatrixView z) {
+                    MatrixView z, GramMoments moments) {
   const std::int64_t m = a.rows, n = a.cols, l = x.cols;
-  const Stored stored(a);
   const GramBuffers<T> b(context.workspace, a, x);
-  constexpr DType dtype = dtype_of<T>();
-  const bool direct = a.dtype == dtype;
-  const T* right = b.x;
-  std::int64_t right_stride = l;
-  if (direct && x.col_stride == 1 && x.row_stride >= l) {
-    right = static_cast<const T*>(x.data);
-    right_stride = x.row_stride;
-  } else {
-    gather(context, x, 0, Panel<T>{b.x, n, l, l});
-  }
-  T* out = direct ? static_cast<T*>(z.data) : b.z;
-  const std::int64_t out_stride = direct ? z.row_stride : l;
+  const bool direct = a.dtype == dtype_of<T>();
+  const bool empty = n == 0 || l == 0;
+  const Panel<T> right = empty ? Panel<T>{} : thin_operand(context, x, b.x);
+  const Panel<T> out =
+      direct ? Panel<T>{static_cast<T*>(z.data), n, l, z.row_stride} : Panel<T>{b.z, n, l, l};
   for (std::int64_t first = 0; first == 0 || first < m; first += b.rows) {
     const std::int64_t rows = std::min(b.rows, m - first);
-    const T* s = b.panel;
-    std::int64_t stride = n;
-    if (stored.in_place) {
-      stride = stored.transposed ? a.col_stride : a.row_stride;
-      s = static_cast<const T*>(a.data) + first * (stored.transposed ? 1 : stride);
-    } else if (rows > 0) {
-      gather(context, a, first, Panel<T>{b.panel, rows, n, n});
-    }
-    cuda::gemm(context,
-               cuda::Gemm{stored.transposed, false, rows, l, n, s, stride, right, right_stride, b.p,
-                          l, dtype, dtype},
-               b.gemm);
-    cuda::gemm(context,
-               cuda::Gemm{!stored.transposed, false, n, l, rows, s, stride, b.p, l, out, out_stride,
-                          dtype, dtype, 1.0, first > 0 ? 1.0 : 0.0},
-               b.gemm);
+    add_moments(context, a, first, rows, b, moments);
+    if (empty) continue;
+    const Rows<T> part(context, a, first, rows, b.panel, b.gemm);
+    const Panel<T> p{b.p, rows, l, l};
+    part.multiply(right, p);
+    part.multiply_transposed(p, out, first > 0 ? 1 : 0);
   }
-  if (direct) return;
+  if (direct || empty) return;
   dispatch_dtype(a.dtype, [&](auto element) {
     using S = decltype(element);
     if constexpr (sizeof(S) == 2 && sizeof(T) == 4)
@@ -179,14 +270,42 @@ void gram_matmul_as(const Context& context, const StridedMatrixView& a, const St
   });
 }
 
+__global__ void finite_kernel(const State* state, double* finite) {
+  *finite = state == nullptr || state->overflowed == 0;
+}
+
+template <class T>
+void range_step_as(const Context& context, const RangeStep& s, std::uint64_t seed) {
+  const std::int64_t m = s.a.rows, n = s.a.cols, r = s.q.cols;
+  const StepBuffers<T> b(context.workspace, s);
+  const OrthBuffers orth(b.orth, std::max(m, n), r);
+  const Panel<T> q = thin_operand(context, s.q, b.q);
+  const Panel<T> p{static_cast<T*>(s.p.data), m, r, s.p.row_stride};
+  for (std::int64_t first = 0; first < m; first += b.rows) {
+    const std::int64_t rows = std::min(b.rows, m - first);
+    const Rows<T> part(context, s.a, first, rows, b.panel, orth.work.gemm);
+    part.multiply(q, {p.data + first * p.stride, rows, r, p.stride});
+  }
+  orthonormalize_as<T>(context, orth, ConstMatrixView(s.p), seed, s.p, b.residual);
+  for (std::int64_t first = 0; first < m; first += b.rows) {
+    const std::int64_t rows = std::min(b.rows, m - first);
+    const Rows<T> part(context, s.a, first, rows, b.panel, orth.work.gemm);
+    part.multiply_transposed({p.data + first * p.stride, rows, r, p.stride},
+                             {static_cast<T*>(s.b.data), n, r, s.b.row_stride}, first > 0 ? 1 : 0);
+  }
+  orthonormalize_as<T>(context, orth, ConstMatrixView(s.b), seed, s.next, b.residual);
+  SM_LAUNCH(finite_kernel, 1, 1, 0, context.stream, orth.work.state, s.finite);
+}
+
 }  // namespace
 
 void orthonormalize_cuda(const Context& context, const StridedMatrixView& y, std::uint64_t seed,
                          MatrixView q, VectorView residual) {
+  const OrthBuffers b(context.workspace, y.rows, y.cols);
   if (y.dtype == DType::f64)
-    orthonormalize_as<double>(context, y, seed, q, residual);
+    orthonormalize_as<double>(context, b, y, seed, q, static_cast<double*>(residual.data));
   else
-    orthonormalize_as<float>(context, y, seed, q, residual);
+    orthonormalize_as<float>(context, b, y, seed, q, static_cast<double*>(residual.data));
 }
 
 std::size_t orthonormalize_workspace_cuda(const StridedMatrixView& y) {
@@ -194,16 +313,30 @@ std::size_t orthonormalize_workspace_cuda(const StridedMatrixView& y) {
 }
 
 void gram_matmul_cuda(const Context& context, const StridedMatrixView& a,
-                      const StridedMatrixView& x, MatrixView z) {
+                      const StridedMatrixView& x, MatrixView z, GramMoments moments) {
   if (a.dtype == DType::f64)
-    gram_matmul_as<double>(context, a, x, z);
+    gram_matmul_as<double>(context, a, x, z, moments);
   else
-    gram_matmul_as<float>(context, a, x, z);
+    gram_matmul_as<float>(context, a, x, z, moments);
 }
 
 std::size_t gram_matmul_workspace_cuda(const StridedMatrixView& a, const StridedMatrixView& x) {
   return a.dtype == DType::f64 ? GramBuffers<double>(nullptr, a, x).bytes
                                : GramBuffers<float>(nullptr, a, x).bytes;
+}
+
+void range_step_cuda(const Context& context, const RangeStep& step, std::uint64_t seed) {
+  if (step.q.cols == 0)
+    SM_LAUNCH(finite_kernel, 1, 1, 0, context.stream, nullptr, step.finite);
+  else if (step.a.dtype == DType::f64)
+    range_step_as<double>(context, step, seed);
+  else
+    range_step_as<float>(context, step, seed);
+}
+
+std::size_t range_step_workspace_cuda(const RangeStep& step) {
+  return step.a.dtype == DType::f64 ? StepBuffers<double>(nullptr, step).bytes
+                                    : StepBuffers<float>(nullptr, step).bytes;
 }
 
 }  // namespace structmat

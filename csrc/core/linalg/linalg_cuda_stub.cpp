@@ -13,11 +13,17 @@ std::size_t orthonormalize_workspace_cuda(const StridedMatrixView&) {
   detail::fail("orthonormalize: structmat was built without CUDA");
 }
 void gram_matmul_cuda(const Context&, const StridedMatrixView&, const StridedMatrixView&,
-                      MatrixView) {
+                      MatrixView, GramMoments) {
   detail::fail("gram_matmul: structmat was built without CUDA");
 }
 std::size_t gram_matmul_workspace_cuda(const StridedMatrixView&, const StridedMatrixView&) {
   detail::fail("gram_matmul: structmat was built without CUDA");
+}
+void range_step_cuda(const Context&, const RangeStep&, std::uint64_t) {
+  detail::fail("range_step: structmat was built without CUDA");
+}
+std::size_t range_step_workspace_cuda(const RangeStep&) {
+  detail::fail("range_step: structmat was built without CUDA");
 }
 
 }  // namespace structmat

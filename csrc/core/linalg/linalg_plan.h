@@ -8,23 +8,11 @@
 
 namespace structmat {
 
-// The CPU. A panel of `rows` rows is multiplied twice while it lies in cache; the rows are summed
-// in `slabs` parts, each panel after panel, and those added in order.
-struct GramCpuPlan {
-  std::int64_t rows, slabs;
-};
-
-// 1 MB of float32 a panel, of 64 to 256 rows: fewer make Z's traffic and BLAS slow (0.8 of the rate
-// at 32 rows), more leave level 2. One thread, 16384 x 1024, against the whole A as one panel: 0.35
-// of the time for 1 column, 0.76 for 8, 0.77 for 16, 0.91 for 64, 0.96 for 144.
-constexpr GramCpuPlan plan_gram_cpu(std::int64_t m, std::int64_t n, std::int64_t l) {
-  GramCpuPlan plan{};
-  plan.rows =
-      std::clamp<std::int64_t>((std::int64_t{1} << 18) / std::max<std::int64_t>(n, 1), 64, 256);
-  // Partial results take no more than a quarter of A's memory.
-  plan.slabs = std::clamp<std::int64_t>(
-      std::min(m / (4 * std::max<std::int64_t>(l, 1)), m / plan.rows), 1, 32);
-  return plan;
+// The CPU: slabs of rows that are summed on their own, and those added in order. Their results,
+// whose columns fill vectors of 16 numbers, take no more than a quarter of A's memory.
+constexpr std::int64_t gram_slabs_cpu(std::int64_t m, std::int64_t l) {
+  const std::int64_t width = std::max<std::int64_t>(l + 15, 16) / 16 * 16;
+  return std::clamp<std::int64_t>(m / (4 * width), 1, 32);
 }
 
 // Rows of a panel on the GPU, where it stays in level 2. Two reads of A from memory take 2 s / B

@@ -69,7 +69,8 @@ class Lists {
         const std::int64_t low = k * cols_ / kEntries, high = (k + 1) * cols_ / kEntries;
         const std::uint32_t word = random.word[k];
         const std::int64_t column =
-            low + static_cast<std::int64_t>((word >> 1) * static_cast<std::uint64_t>(high - low) >> 31);
+            low +
+            static_cast<std::int64_t>((word >> 1) * static_cast<std::uint64_t>(high - low) >> 31);
         lists[r * kEntries + k] = 2 * column + (word & 1);
         ++ends[lists[r * kEntries + k]];
       }
@@ -179,13 +180,13 @@ void multiply_transposed(const Context& context, const Sweep& a, std::uint64_t s
 
 namespace STRUCTMAT_SIMD {
 
-#define STRUCTMAT_SKETCH(S)                                                                        \
-  void sweep_sketch(const Context& context, const Sweep& a, std::uint64_t seed, Panel<S> y) {      \
-    multiply(context, a, seed, y);                                                                 \
-  }                                                                                                \
-  void sweep_sketch_transposed(const Context& context, const Sweep& a, std::uint64_t seed,         \
-                               Panel<S> z) {                                                       \
-    multiply_transposed(context, a, seed, z);                                                      \
+#define STRUCTMAT_SKETCH(S)                                                                   \
+  void sweep_sketch(const Context& context, const Sweep& a, std::uint64_t seed, Panel<S> y) { \
+    multiply(context, a, seed, y);                                                            \
+  }                                                                                           \
+  void sweep_sketch_transposed(const Context& context, const Sweep& a, std::uint64_t seed,    \
+                               Panel<S> z) {                                                  \
+    multiply_transposed(context, a, seed, z);                                                 \
   }
 STRUCTMAT_SKETCH(float)
 STRUCTMAT_SKETCH(double)

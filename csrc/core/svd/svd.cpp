@@ -2,13 +2,11 @@
 #include "structmat/svd.h"
 
 #include <algorithm>
-#include <functional>
 #include <limits>
-#include <numeric>
 #include <string>
 #include <vector>
 
-#include "parallel.h"
+#include "side_by_side.h"
 #include "structmat/error.h"
 #include "svd/svd_kernels.h"
 
@@ -74,31 +72,6 @@ double cost_of(const SvdProblem& problem) {
   return 10 * m * n * l + 40 * (m + n) * l * l;
 }
 
-// How many of the largest matrices to give all threads, one after the other, before the others run
-// side by side, one thread each: as many as end soonest. `costs` descend. Threads share the work of
-// one matrix at 4/5 of their rate.
-std::size_t count_alone(const std::vector<double>& costs, int threads) {
-  const auto lanes = static_cast<std::size_t>(threads);
-  const std::size_t most = std::min(costs.size(), 2 * lanes);
-  std::size_t best = 0;
-  double before = 0, least = std::numeric_limits<double>::infinity();
-  double rest = std::accumulate(costs.begin(), costs.end(), 0.0);
-  for (std::size_t alone = 0; alone <= most; ++alone) {
-    std::vector<double> busy(lanes, 0.0);
-    for (std::size_t i = alone; i < costs.size(); ++i)
-      *std::min_element(busy.begin(), busy.end()) += costs[i];
-    const double end = before + *std::max_element(busy.begin(), busy.end());
-    if (end < least) {
-      least = end;
-      best = alone;
-    }
-    if (alone == most || rest > 8.0 * threads * costs[alone]) break;  // even enough
-    before += costs[alone] / (0.8 * threads);
-    rest -= costs[alone];
-  }
-  return best;
-}
-
 template <class T>
 void fill_nan(const SvdProblem& problem) {
   constexpr T nan = std::numeric_limits<T>::quiet_NaN();
@@ -120,23 +93,11 @@ void run_cpu(const Context& context, const SvdProblem& problem) {
   }
 }
 
-// Largest first: a small one that comes last keeps few threads waiting.
 void run_list_cpu(const Context& context, const SvdProblem* problems, std::int64_t count) {
-  std::vector<std::int64_t> order(static_cast<std::size_t>(count));
-  std::iota(order.begin(), order.end(), std::int64_t{0});
   std::vector<double> costs;
   for (std::int64_t i = 0; i < count; ++i) costs.push_back(cost_of(problems[i]));
-  std::stable_sort(order.begin(), order.end(), [&](std::int64_t i, std::int64_t j) {
-    return costs[static_cast<std::size_t>(i)] > costs[static_cast<std::size_t>(j)];
-  });
-  std::sort(costs.begin(), costs.end(), std::greater<>());
-  const std::size_t alone = count_alone(costs, thread_count(context));
-  for (std::size_t i = 0; i < alone; ++i) run_cpu(context, problems[order[i]]);
-  Context single = context;
-  single.threads = 1;
-  parallel_for(context, count - static_cast<std::int64_t>(alone), [&](std::int64_t i) {
-    run_cpu(single, problems[order[alone + static_cast<std::size_t>(i)]]);
-  });
+  run_side_by_side(context, costs,
+                   [&](const Context& with, std::int64_t i) { run_cpu(with, problems[i]); });
 }
 
 SvdLanes lanes_of(const Context& context, const SvdProblem* problems, std::int64_t count) {

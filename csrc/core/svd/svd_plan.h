@@ -9,8 +9,8 @@
 namespace structmat {
 
 // B is A where A is tall, else A^T: `tall` x `small`. The basis of its column space has `blocks`
-// blocks of `block` columns, the last of `last`. The final 2 `blocks` passes build a block Krylov space (Golub-Kahan);
-// those before are steps of subspace iteration, which need no more memory.
+// blocks of `block` columns, the last of `last`. The final 2 `blocks` passes build a block Krylov
+// space (Golub-Kahan); those before are steps of subspace iteration, which need no more memory.
 struct SvdPlan {
   std::int64_t tall, small;
   bool swapped;  // B = A^T
@@ -44,8 +44,9 @@ inline void narrow(SvdPlan& plan) {
   const std::int64_t block = (3 * plan.rank + 127) / 128 * 16;
   if (block < 32) return;
   // Least bases, in 1/64 of the rank, that keep the excess below torch's at singular values i^-1/4,
-  // i^-1/2 and 1/i, ranks 50 to 256, sizes 384 to 4096; smaller ones do for small matrices. An odd number of sweeps begins with the
-  // cheap product of a sparse random matrix, in an even one the first of the others is that.
+  // i^-1/2 and 1/i, ranks 50 to 256, sizes 384 to 4096; smaller ones do for small matrices. An odd
+  // number of sweeps begins with the cheap product of a sparse random matrix, in an even one the
+  // first of the others is that.
   const struct {
     std::int64_t sweeps, basis;
   } plans[] = {{8, plan.small > 12 * plan.rank ? 144 : 128}, {9, 124}, {10, 118}, {11, 104}};

@@ -10,15 +10,19 @@
 #include <algorithm>
 #include <vector>
 
+#include "svd/narrow_simd.h"
 #include "svd/sweep_tiles_simd.h"
 
 namespace structmat {
 namespace {
 
-// sum[i][j] += a[i] b[j] over `depth`. a (i, p) lies at a[i kPanel + p] in panels kWideRows kPanel
-// apart, or, transposed, at a[p kPanel + i] in one panel; b (p, .) at b[p kVecs lanes + .].
+constexpr std::int64_t kNarrow = 3;  // columns up to which vectors run along S
+
+// sum[i][j] += a[i] b[j] over `depth`. a (i, p) lies at a[i kPanel + p] in panels of `height` rows,
+// or, transposed, at a[p kPanel + i] in one panel; b (p, .) at b[p kVecs lanes + .].
 template <class S, int kRows, int kVecs, bool kTransposed>
-void micro_kernel(const S* a, const S* b, std::int64_t depth, S* c, bool first, Ahead& ahead) {
+void micro_kernel(const S* a, std::int64_t height, const S* b, std::int64_t depth, S* c, bool first,
+                  Ahead& ahead) {
   constexpr int w = kLanes<S>;
   constexpr std::int64_t row = kTransposed ? 1 : kPanel, step = kTransposed ? kPanel : 1;
   Vec<S> sum[kRows][kVecs];
@@ -47,7 +51,7 @@ void micro_kernel(const S* a, const S* b, std::int64_t depth, S* c, bool first, 
     depth -= part;
     in_panel += part;
     if constexpr (!kTransposed)
-      if (in_panel == kPanel) a += kWideRows * kPanel - kPanel, in_panel = 0;
+      if (in_panel == kPanel) a += (height - 1) * kPanel, in_panel = 0;
   }
   ahead = fetch;
 #pragma GCC unroll 16
@@ -60,7 +64,7 @@ void micro_kernel(const S* a, const S* b, std::int64_t depth, S* c, bool first, 
 }
 
 template <class S>
-using MicroKernel = void (*)(const S*, const S*, std::int64_t, S*, bool, Ahead&);
+using MicroKernel = void (*)(const S*, std::int64_t, const S*, std::int64_t, S*, bool, Ahead&);
 
 // Rows of a block by vectors of a group: 24 sums in 32 registers, or 12 in 16.
 constexpr int rows_of_block(int vecs) {
@@ -81,7 +85,8 @@ MicroKernel<S> pick(int rows, int vecs) {
 }
 
 // A thin panel's columns in groups of up to 3 vectors, each group by itself: element (i, j) of a
-// group lies at [i * width + j]. Zeros beyond the last column.
+// group lies at [i * width + j]. Zeros beyond the last column. `single`: a group of width 1 for
+// each column.
 template <class S>
 struct Groups {
   struct Group {
@@ -91,8 +96,12 @@ struct Groups {
   std::vector<Group> groups;
   std::int64_t width = 0;  // numbers of a row, all groups
 
-  explicit Groups(std::int64_t cols) {
+  explicit Groups(std::int64_t cols, bool single = false) {
     constexpr std::int64_t w = kLanes<S>;
+    if (single) {
+      for (; width < cols; ++width) groups.push_back({width, 1, 1, width, 0});
+      return;
+    }
     for (std::int64_t first = 0; first < cols;) {
       const std::int64_t left = ceil_div(cols - first, w);
       const int vecs = static_cast<int>(left == 4 ? 2 : std::min<std::int64_t>(left, 3));
@@ -124,21 +133,27 @@ struct Groups {
   }
 };
 
-// A tile (rows, cols) times rows of every group of b, added to c.
+// A tile (rows, cols), in panels of `height` rows, times rows of every group of b, added to c.
 template <class S, bool kTransposed>
-void multiply_tile(const Groups<S>& groups, const S* tile, std::int64_t rows, std::int64_t cols,
-                   const S* b, std::int64_t b_height, std::int64_t b_at, S* c,
+void multiply_tile(const Groups<S>& groups, const S* tile, std::int64_t height, std::int64_t rows,
+                   std::int64_t cols, const S* b, std::int64_t b_height, std::int64_t b_at, S* c,
                    std::int64_t c_height, bool first, Ahead ahead) {
   const std::int64_t lines = kTransposed ? cols : rows, depth = kTransposed ? rows : cols;
   for (const auto& g : groups.groups) {
     const S* const b_group = b + g.offset * b_height + b_at * g.width;
     S* const c_group = c + g.offset * c_height;
+    if (g.vecs == 0) {
+      multiply_column<S, kTransposed>({tile, kPanel, height * kPanel}, rows, cols, b_group, c_group,
+                                      first);
+      continue;
+    }
     const int step = rows_of_block(g.vecs);
     for (std::int64_t i = 0; i < lines; i += step) {
       const int live = static_cast<int>(std::min<std::int64_t>(step, lines - i));
       const S* const from =
-          kTransposed ? tile + i / kPanel * kPanel * kTallRows + i % kPanel : tile + i * kPanel;
-      pick<S, kTransposed>(live, g.vecs)(from, b_group, depth, c_group + i * g.width, first, ahead);
+          kTransposed ? tile + i / kPanel * kPanel * height + i % kPanel : tile + i * kPanel;
+      pick<S, kTransposed>(live, g.vecs)(from, height, b_group, depth, c_group + i * g.width, first,
+                                         ahead);
     }
   }
 }
@@ -167,7 +182,8 @@ void multiply(const Context& context, const Sweep& a, Panel<S> x, Panel<S> y) {
         const std::int64_t cols = std::min(kWideCols, n - c0);
         const bool ends = c0 + kWideCols >= n;  // the next tile lies below
         source.pack(r0, c0, rows, cols, kWideRows, tile, norms.of(task));
-        multiply_tile<S, false>(groups, tile, rows, cols, packed, n, c0, sums, kWideRows, c0 == 0,
+        multiply_tile<S, false>(groups, tile, kWideRows, rows, cols, packed, n, c0, sums, kWideRows,
+                                c0 == 0,
                                 source.ahead(r0 + (ends ? kWideRows : 0), kWideRows,
                                              ends ? 0 : c0 + kWideCols, kWideCols));
       }
@@ -199,13 +215,145 @@ void multiply_transposed(const Context& context, const Sweep& a, Panel<S> y, Pan
       const std::int64_t rows = std::min(kTallRows, last - r0);
       groups.pack(y, r0, rows, lines, kTallRows, 0);
       source.pack(r0, c0, rows, cols, kTallRows, tile, norms.of(task));
-      multiply_tile<S, true>(groups, tile, rows, cols, lines, kTallRows, 0, sums, slabs.width,
-                             r0 == first,
+      multiply_tile<S, true>(groups, tile, kTallRows, rows, cols, lines, kTallRows, 0, sums,
+                             slabs.width, r0 == first,
                              source.ahead(r0 + kTallRows, kTallRows, c0, slabs.width));
     }
     groups.unpack(sums, slabs.width, cols, out, part == 0 ? z.stride : y.cols);
   });
   slabs.add(context, partial, z);
+}
+
+// sums[c] += over the rows of a tile in panels of `height` rows, or sums[i] += over its columns.
+template <class S>
+void add_sums(const S* tile, std::int64_t height, std::int64_t rows, std::int64_t cols,
+              bool over_columns, double* sums) {
+  for (std::int64_t c = 0; c < cols; c += kPanel, tile += height * kPanel) {
+    const std::int64_t live = std::min(kPanel, cols - c);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const S* const row = tile + i * kPanel;
+      if (!over_columns) {
+        for (std::int64_t k = 0; k < live; ++k) sums[c + k] += static_cast<double>(row[k]);
+      } else {
+        double part[8] = {};
+        for (std::int64_t k = 0; k < live; ++k) part[k % 8] += static_cast<double>(row[k]);
+        for (const double value : part) sums[i] += value;
+      }
+    }
+  }
+}
+
+// The two products of a block of `live` lines from `at` on, for a few columns, where it lies.
+template <class S>
+void gram_in_place(const GramSweep& a, std::int64_t at, std::int64_t live, std::int64_t cols,
+                   const S* x, S* lines, S* z, bool first) {
+  const std::int64_t n = a.columns ? a.s.rows : a.s.cols, stride = a.s.row_stride;
+  const S* const block = static_cast<const S*>(a.s.data) + at * (a.columns ? 1 : stride);
+  for (std::int64_t j = 0; j < cols; ++j)
+    for (std::int64_t c = 0; c < n; c += kStripe) {
+      const std::int64_t count = std::min(kStripe, n - c);
+      const Lines<S> tile{block + c * (a.columns ? stride : 1), stride, kPanel};
+      if (a.columns)
+        multiply_column<S, true>(tile, count, live, x + j * n + c, lines + j * kPanel, c == 0);
+      else
+        multiply_column<S, false>(tile, live, count, x + j * n + c, lines + j * kPanel, c == 0);
+    }
+  for (std::int64_t j = 0; j < cols; ++j) {
+    const Lines<S> tile{block, stride, kPanel};
+    if (a.columns)
+      multiply_column<S, false>(tile, n, live, lines + j * kPanel, z + j * n, first);
+    else
+      multiply_column<S, true>(tile, live, n, lines + j * kPanel, z + j * n, first);
+  }
+}
+
+// Blocks of kPanel lines of S are packed whole, in steps that stay in L1 for the first product, and
+// multiplied again from L2; where the copy would cost more than the products they stay where they
+// lie. Each slab of blocks sums its own Z, as groups.
+template <class S>
+void multiply_gram(const Context& context, const GramSweep& a, Panel<S> x, Panel<S> z) {
+  constexpr std::int64_t kLines = kPanel;
+  const std::int64_t step = x.cols <= kNarrow ? kStripe : 3 * kPanel;
+  const bool columns = a.columns;
+  const std::int64_t n = columns ? a.s.rows : a.s.cols, m = columns ? a.s.cols : a.s.rows;
+  const bool narrow = x.cols <= kNarrow;
+  bool in_place = narrow && a.s.col_stride == 1 && a.norm == nullptr && a.sums == nullptr;
+  dispatch_dtype(a.s.dtype,
+                 [&](auto element) { in_place &= std::is_same_v<decltype(element), S>; });
+  const Groups<S> groups(x.cols, narrow);
+  const Sweep sweep{a.s};
+  const Tiles<S> source(sweep);
+  Scratch memory;
+  const std::int64_t size = n * groups.width;
+  S* const packed = memory.get<S>((1 + a.slabs) * size);
+  S* const totals = packed + size;
+  parallel_for(context, ceil_div(n, kStripe), [&](std::int64_t i) {
+    const std::int64_t r0 = i * kStripe;
+    groups.pack(x, r0, std::min(kStripe, n - r0), packed, n, r0);
+  });
+  const std::int64_t slab = ceil_div(ceil_div(m, a.slabs), kLines) * kLines;
+  Norms norms(a.norm, a.slabs);
+  Scratch sums_memory;
+  double* const sums = a.sums != nullptr ? sums_memory.get<double>(a.slabs * n) : nullptr;
+  parallel_for(context, a.slabs, [&](std::int64_t part) {
+    static thread_local Scratch blocks;
+    const std::int64_t height = columns ? n : kLines;
+    const std::int64_t block_size = in_place ? 0 : ceil_div(n, kPanel) * kPanel * kLines;
+    Scratch large;  // kept only where it is small
+    S* const block = block_size > (1 << 19) ? large.get<S>(block_size) : blocks.get<S>(block_size);
+    S* const lines = sum_memory<S>(kLines * groups.width);
+    S* const total = totals + part * size;
+    double* const sum = sums != nullptr ? sums + part * n : nullptr;
+    const std::int64_t begin = part * slab, end = std::min(m, begin + slab);
+    if (begin >= end) std::fill_n(total, size, S{0});
+    if (sum != nullptr) std::fill_n(sum, n, 0.0);
+    for (std::int64_t at = begin; at < end; at += kLines) {
+      const std::int64_t live = std::min(kLines, end - at);
+      if (in_place) {
+        gram_in_place(a, at, live, x.cols, packed, lines, total, at == begin);
+        continue;
+      }
+      for (std::int64_t c = 0; c < n; c += step) {
+        const std::int64_t count = std::min(step, n - c);
+        S* const tile = block + c * kLines;
+        const bool ends = c + step >= n;  // the next step is in the next block
+        const std::int64_t next = at + (ends ? kLines : 0), first = ends ? 0 : c + step;
+        if (!columns) {
+          source.pack(at, c, live, count, height, tile, norms.of(part));
+          multiply_tile<S, false>(groups, tile, height, live, count, packed, n, c, lines, kLines,
+                                  c == 0, source.ahead(next, kLines, first, step));
+        } else {
+          source.pack(c, at, count, live, height, tile, norms.of(part));
+          multiply_tile<S, true>(groups, tile, height, count, live, packed, n, c, lines, kLines,
+                                 c == 0, source.ahead(first, step, next, kLines));
+        }
+        if (sum != nullptr)
+          add_sums(tile, height, columns ? count : live, columns ? live : count, columns, sum + c);
+      }
+      if (!columns)
+        multiply_tile<S, true>(groups, block, height, live, n, lines, kLines, 0, total, n,
+                               at == begin, Ahead{});
+      else
+        multiply_tile<S, false>(groups, block, height, n, live, lines, kLines, 0, total, n,
+                                at == begin, Ahead{});
+    }
+  });
+  parallel_for(context, ceil_div(n, 64), [&](std::int64_t i) {
+    const std::int64_t r0 = i * 64, r1 = std::min(n, r0 + 64);
+    for (const auto& g : groups.groups) {
+      S* const first = totals + g.offset * n;
+      for (std::int64_t part = 1; part < a.slabs; ++part)
+        for (std::int64_t k = r0 * g.width; k < r1 * g.width; ++k)
+          first[k] += first[part * size + k];
+      for (std::int64_t r = r0; r < r1; ++r)
+        std::copy_n(first + r * g.width, g.cols, z.data + r * z.stride + g.first);
+    }
+    if (sums != nullptr)
+      for (std::int64_t r = r0; r < r1; ++r) {
+        a.sums[r] = 0;
+        for (std::int64_t part = 0; part < a.slabs; ++part) a.sums[r] += sums[part * n + r];
+      }
+  });
 }
 
 }  // namespace
@@ -223,6 +371,12 @@ void sweep_transposed(const Context& context, const Sweep& a, Panel<float> y, Pa
 }
 void sweep_transposed(const Context& context, const Sweep& a, Panel<double> y, Panel<double> z) {
   multiply_transposed(context, a, y, z);
+}
+void gram_sweep(const Context& context, const GramSweep& a, Panel<float> x, Panel<float> z) {
+  multiply_gram(context, a, x, z);
+}
+void gram_sweep(const Context& context, const GramSweep& a, Panel<double> x, Panel<double> z) {
+  multiply_gram(context, a, x, z);
 }
 
 }  // namespace STRUCTMAT_SIMD

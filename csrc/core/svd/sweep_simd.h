@@ -13,12 +13,24 @@ struct Sweep {
   Norm* norm = nullptr;  // where wanted, grows by the norm of what was read
 };
 
+// Z = S^T (S X), or S (S^T X) with `columns`, from one read of S, and the sums of its columns, with
+// `columns` of its rows, where wanted.
+struct GramSweep {
+  StridedMatrixView s;
+  bool columns = false;
+  std::int64_t slabs = 1;  // parts summed on their own, added in order
+  Norm* norm = nullptr;
+  double* sums = nullptr;
+};
+
 #define STRUCTMAT_DECLARE(level)                                                                   \
   namespace level {                                                                                \
   void sweep(const Context& context, const Sweep& a, Panel<float> x, Panel<float> y);              \
   void sweep(const Context& context, const Sweep& a, Panel<double> x, Panel<double> y);            \
   void sweep_transposed(const Context& context, const Sweep& a, Panel<float> y, Panel<float> z);   \
   void sweep_transposed(const Context& context, const Sweep& a, Panel<double> y, Panel<double> z); \
+  void gram_sweep(const Context& context, const GramSweep& a, Panel<float> x, Panel<float> z);     \
+  void gram_sweep(const Context& context, const GramSweep& a, Panel<double> x, Panel<double> z);   \
   void sweep_sketch(const Context& context, const Sweep& a, std::uint64_t seed, Panel<float> y);   \
   void sweep_sketch(const Context& context, const Sweep& a, std::uint64_t seed, Panel<double> y);  \
   void sweep_sketch_transposed(const Context& context, const Sweep& a, std::uint64_t seed,         \

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import structmat
-from structmat import _C  # type: ignore[attr-defined]
+from structmat import _C
 from structmat.cli.errors import reports_errors
 from structmat.cli.output import print_json
 

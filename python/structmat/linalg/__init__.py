@@ -2,7 +2,7 @@
 """Decompositions."""
 
 from .all_merge import all_merge
-from .gram_matmul import gram_matmul
+from .gram_matmul import GramMoments, gram_matmul
 from .orthonormalize import orthonormalize
 from .out_of_core import svd_out_of_core
 from .random import gaussian
@@ -12,6 +12,7 @@ from .svd import SVDInfo, SVDResult, randomized_svd
 from .svd_tail import svd_tail
 
 __all__ = [
+    "GramMoments",
     "RangeStep",
     "SVDInfo",
     "SVDResult",

@@ -7,10 +7,9 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .orthonormalize import orthonormalize
 from .svd import _DTYPES
 
-_PANEL = 1 << 22  # entries of a 16-bit matrix widened at a time
+_OP = "range_step"
 
 
 class RangeStep(NamedTuple):
@@ -66,8 +65,11 @@ def range_step(
             result is NaN.
         RuntimeError: an argument requires grad; pass it detached.
 
-    Cost: ``4 m n r + 4 (m + n) r^2`` FLOPs, two reads of ``A``. 16-bit matrices are widened a panel
-    at a time. Products are torch's, matrix after matrix.
+    Cost: ``4 m n r + 4 (m + n) r^2`` FLOPs, two reads of ``A`` where it lies, whatever its strides;
+    16-bit matrices are widened a panel at a time. On the CPU the matrices of a list or a batch run
+    side by side, one thread each, but for those too large to share the threads evenly; on CUDA one
+    after the other. The same inputs give the same bits for any number of threads, in a list or
+    alone.
 
     Source: Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithm 4.4, with a given start;
     Zhao et al., ICML 2024 (GaLore); Ahn et al., arXiv 2504.05295 (Dion).
@@ -79,20 +81,45 @@ def range_step(
         >>> torch.allclose(P @ B.T, A, atol=1e-3)
         True
     """
-    op = "range_step"
     if isinstance(A, Tensor) or isinstance(Q, Tensor):
-        return _step(A, Q, seed, op)
+        _check(A, Q, _OP)
+        return _steps([A], [Q], seed)[0]  # type: ignore[list-item]
     if not isinstance(A, Sequence) or not isinstance(Q, Sequence):
         raise TypeError(
-            f"{op}: A and Q must be tensors or lists of tensors, got {type(A).__name__} and "
+            f"{_OP}: A and Q must be tensors or lists of tensors, got {type(A).__name__} and "
             f"{type(Q).__name__}"
         )
     if len(A) != len(Q):
-        raise ValueError(f"{op}: A is a list of {len(A)}, Q of {len(Q)}")
-    return [_step(a, q, seed, f"{op}: item {i}") for i, (a, q) in enumerate(zip(A, Q, strict=True))]
+        raise ValueError(f"{_OP}: A is a list of {len(A)}, Q of {len(Q)}")
+    for i, (a, q) in enumerate(zip(A, Q, strict=True)):
+        _check(a, q, f"{_OP}: item {i}")
+        if a.device != A[0].device:
+            raise ValueError(f"{_OP}: item {i} is on {a.device}, item 0 on {A[0].device}")
+    return _steps(list(A), list(Q), seed) if A else []
 
 
-def _step(A: object, Q: object, seed: int, op: str) -> RangeStep:
+def _steps(A: list[Tensor], Q: list[Tensor], seed: int) -> list[RangeStep]:
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"{_OP}: seed must be an integer, got {type(seed).__name__}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{_OP}: seed is {seed}, wanted 0 to 2^63 - 1")
+    A, Q = ([t.detach() for t in tensors] for tensors in (A, Q))
+    P, after, B, finite = torch.ops.structmat.range_step.default(A, Q, seed)
+    in_graph = torch.compiler.is_compiling() or (
+        A[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    )
+    if not in_graph and not bool(finite.all()):
+        first = int((finite == 0).nonzero()[0])
+        sizes = torch.tensor([a.shape[:-2].numel() for a in A])
+        item = int((sizes.cumsum(0) <= first).sum())
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            f"{_OP}: A or Q contains NaN or Inf, or a product overflows"
+            + (f", in item {item}" if len(A) > 1 else "")
+        )
+    return [RangeStep(*parts) for parts in zip(P, after, B, strict=True)]
+
+
+def _check(A: object, Q: object, op: str) -> None:
     for name, tensor in (("A", A), ("Q", Q)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
@@ -117,28 +144,15 @@ def _step(A: object, Q: object, seed: int, op: str) -> RangeStep:
             f"{op}: A has shape {tuple(A.shape)}, Q {tuple(Q.shape)}, wanted "
             f"{(*A.shape[:-2], A.shape[-1])} and at most {min(A.shape[-2:])} columns"
         )
-    with torch.autocast(A.device.type, enabled=False):
-        P = orthonormalize(_product(A, Q), seed=seed)
-        B = _transposed_product(A, P)
-        return RangeStep(P, orthonormalize(B, seed=seed), B)
 
 
-def _panels(A: Tensor, wide: torch.dtype) -> list[slice]:
-    """Rows of A to take at a time: all where no conversion is needed."""
-    rows, per_row = A.shape[-2], max(1, A.numel() // max(1, A.shape[-2]))
-    step = max(1, rows if A.dtype == wide else _PANEL // per_row)
-    return [slice(r, r + step) for r in range(0, max(rows, 1), step)]
-
-
-def _product(A: Tensor, X: Tensor) -> Tensor:
-    parts = [A[..., rows, :].to(X.dtype) @ X for rows in _panels(A, X.dtype)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
-
-
-def _transposed_product(A: Tensor, X: Tensor) -> Tensor:
-    total = None
-    for rows in _panels(A, X.dtype):
-        part = A[..., rows, :].to(X.dtype).mT @ X[..., rows, :]
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total
+@torch.library.register_fake("structmat::range_step")
+def _(
+    A: list[Tensor], Q: list[Tensor], seed: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    for a, q in zip(A, Q, strict=True):
+        _check(a, q, _OP)
+    P = [q.new_empty((*a.shape[:-1], q.shape[-1])) for a, q in zip(A, Q, strict=True)]
+    after, B = ([q.new_empty(q.shape) for q in Q] for _ in range(2))
+    count = sum(a.shape[:-2].numel() for a in A)
+    return P, after, B, A[0].new_empty((count,), dtype=torch.float64)

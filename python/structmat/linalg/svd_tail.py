@@ -21,10 +21,10 @@ def svd_tail(A: Tensor, rank: int, *, oversample: int | None = None, seed: int =
     MiLoRA, SoMA and MiCA start from, or a null space.
 
     ``A = Q R`` by Householder reflections, then inverse subspace iteration
-    ``W = orth(R^-T X)``, ``X = orth(R^-1 W)`` in float64, until the residuals of the wanted
-    triplets are rounding. Where they would not get there soon, as for matrices that are singular
-    without a small pivot or whose tail is flat, all of ``R`` is decomposed: the result is never an
-    unconverged one. It pays where the wanted values are apart from those before them
+    ``W = orth(R^-T X)``, ``X = orth(R^-1 W)`` in float64, until the residuals of the
+    wanted triplets are rounding. Where they would not get there soon, as for matrices that are
+    singular without a small pivot or whose tail is flat, all of ``R`` is decomposed: the result is
+    never an unconverged one. It pays where the wanted values are apart from those before them
     (`docs/linalg.md`).
 
     Args:
@@ -48,15 +48,17 @@ def svd_tail(A: Tensor, rank: int, *, oversample: int | None = None, seed: int =
 
     Raises:
         TypeError: ``A`` is not a dense tensor of one of the four dtypes.
-        ValueError: ``A`` is empty or has not 2 dimensions; an option is out of range.
+        ValueError: ``A`` is empty or has not 2 dimensions; an option is out of range. On the CPU
+            the smaller side is at most 20000.
         torch.linalg.LinAlgError: ``A`` contains NaN or Inf.
         RuntimeError: ``A`` requires grad (pass ``A.detach()``), or a CUDA graph is being captured
             or compiled: the number of steps depends on the numbers.
 
-    Cost: for ``m >= n``, ``4 m n^2 - 4/3 n^3`` FLOPs for the QR factorisation
-    (``torch.linalg.qr``), ``2 n^2 l + 8 n l^2`` in float64 a step, ``l = rank + oversample``, and
-    ``2 m n k`` for ``U``, against some ``20 n^3`` of the full decomposition at a much lower rate.
-    Memory: a copy of ``A``, the orthogonal factor, and three matrices of ``n x n``.
+    Cost: for ``m >= n``, ``2 m n^2 - 2/3 n^3`` FLOPs for the QR factorisation, on the CPU by one
+    thread of LAPACK's, ``2 n^2 l + 8 n l^2`` in float64 a step, ``l = rank + oversample``, and
+    ``4 m n k`` for ``U``, against some ``20 n^3`` of the full decomposition at a much lower rate.
+    Memory: a copy of ``A`` and three matrices of ``n x n``, on CUDA the orthogonal factor too. On
+    the CPU the same inputs give the same bits for any number of threads.
 
     Source: Golub and Van Loan, Matrix Computations, 4th ed., 8.2.3 and 8.6; the residual test of
     Parlett, The Symmetric Eigenvalue Problem, 4.5.
@@ -70,10 +72,24 @@ def svd_tail(A: Tensor, rank: int, *, oversample: int | None = None, seed: int =
     """
     oversample = _check(A, rank, oversample, seed)
     with torch.autocast(A.device.type, enabled=False):
-        return _svd_tail(A, rank, oversample, seed)
+        if A.device.type == "cpu":
+            return _in_core(A, rank, oversample, seed)
+        return _by_torch(A, rank, oversample, seed)
 
 
-def _svd_tail(A: Tensor, rank: int, oversample: int, seed: int) -> SVDResult:
+def _in_core(A: Tensor, rank: int, oversample: int, seed: int) -> SVDResult:
+    U, S, Vh, facts = torch.ops.structmat.svd_tail.default(A.detach(), rank, oversample, seed)
+    if not float(facts[4]):
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            "svd_tail: A contains NaN or Inf, or LAPACK did not converge"
+        )
+    result = SVDResult(U, S, Vh)
+    result.info = SVDInfo(facts)
+    return result
+
+
+def _by_torch(A: Tensor, rank: int, oversample: int, seed: int) -> SVDResult:
+    """The same from torch's operations: on CUDA, where the core has no kernels for it."""
     m, n = A.shape
     dtype = torch.promote_types(A.dtype, torch.float32)
     tall = (A if m >= n else A.mT).to(dtype)
