@@ -45,7 +45,11 @@ def gaussian(like: torch.Tensor) -> torch.Tensor:
 
 
 def svd(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.ops.structmat.randomized_svd(A, 5, 3, None, 1)
+    return torch.ops.structmat.randomized_svd(A, 5, 3, None, 1, False)
+
+
+def centred_svd(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.ops.structmat.randomized_svd(A, 3, 3, None, 1, True)
 
 
 def orthonormalize(Y: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -53,7 +57,7 @@ def orthonormalize(Y: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def svd_list(*A: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    U, S, Vh, facts = torch.ops.structmat.randomized_svd_list(list(A), [2, 3], None, None, 1)
+    U, S, Vh, facts = torch.ops.structmat.randomized_svd_list(list(A), [2, 3], None, None, 1, False)
     return (*U, *S, *Vh, facts)
 
 
@@ -95,6 +99,7 @@ OPERATIONS = [
     Operation("gram_matmul", ((67, 45), (45, 5)), sm.linalg.gram_matmul),
     Operation("orthonormalize", ((41, 7),), orthonormalize, False, WIDE),
     Operation("randomized_svd", ((67, 45),), svd, False),
+    Operation("randomized_svd, centred", ((41, 23),), centred_svd, False),
     Operation("randomized_svd_list", ((13, 9), (5, 11)), svd_list, False, (torch.float32,)),
     Operation("streaming_svd", ((133, 9),), streaming, False),
     Operation("streaming_svd, wide rows", ((3, 131),), streaming_wide, False, (torch.float32,)),

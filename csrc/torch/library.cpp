@@ -28,11 +28,16 @@ STRUCTMAT_LIBRARY(m) {
       "low_rank_linear_backward(Tensor dy, Tensor? x, Tensor U, Tensor V, Tensor? hidden, "
       "bool need_x, bool need_bias) -> (Tensor dx, Tensor dU, Tensor dV, Tensor dbias)");
   m.def(
-      "randomized_svd(Tensor A, int rank, int? oversample, int? sweeps, int seed) -> "
+      "randomized_svd(Tensor A, int rank, int? oversample, int? sweeps, int seed, "
+      "bool center) -> "
       "(Tensor U, Tensor S, Tensor Vh, Tensor info)");
   m.def(
-      "randomized_svd_list(Tensor[] A, int[] rank, int? oversample, int? sweeps, int seed) -> "
+      "randomized_svd_list(Tensor[] A, int[] rank, int? oversample, int? sweeps, int seed, "
+      "bool center) -> "
       "(Tensor[] U, Tensor[] S, Tensor[] Vh, Tensor info)");
+  m.def(
+      "randomized_svd_to_tolerance(Tensor A, float rtol, int? oversample, int? sweeps, int seed, "
+      "bool center) -> (Tensor U, Tensor S, Tensor Vh, Tensor info)");
   m.def(  // its kernel is python/structmat/linalg/svd_gradient.py
       "randomized_svd_backward(Tensor A, Tensor U, Tensor S, Tensor Vh, Tensor? dU, Tensor? dS, "
       "Tensor? dVh, bool center) -> Tensor");

@@ -77,17 +77,32 @@ __device__ inline ScaledNorm reduce_norm(ScaledNorm mine) {
   return all[0];
 }
 
+// What is subtracted from a matrix as it is read, if anything: a number per column or per row.
+template <class T>
+struct Shift {
+  const T *high = nullptr, *low = nullptr;
+  bool of_rows = false;
+
+  __device__ T applied(T x, std::int64_t row, std::int64_t col) const {
+    if (high == nullptr) return x;
+    const std::int64_t i = of_rows ? row : col;
+    return (x - high[i]) - low[i];
+  }
+};
+
 // partial[block] <- the norm of the block's share of a strided matrix
 template <class S>
 __global__ void __launch_bounds__(kThreads)
     measure_kernel(const S* data, std::int64_t rows, std::int64_t cols, std::int64_t row_stride,
-                   std::int64_t col_stride, ScaledNorm* partial) {
+                   std::int64_t col_stride, ScaledNorm* partial,
+                   Shift<accumulator_t<S>> shift = {}) {
   ScaledNorm norm{0, 0};
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads, count = rows * cols;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
        i += step) {
+    const std::int64_t r = i / cols, c = i % cols;
     const double x =
-        static_cast<double>(to_float(data[i / cols * row_stride + i % cols * col_stride]));
+        static_cast<double>(shift.applied(to_float(data[r * row_stride + c * col_stride]), r, c));
     if constexpr (sizeof(S) < 8) {  // squares of a float fit a double
       norm.scale = 1;
       norm.sum += x * x;
@@ -104,15 +119,17 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partial[blockIdx.x] = norm;
 }
 
-// out (rows, cols) <- the strided matrix, converted
+// out (rows, cols) <- the strided matrix, converted; its rows from `first` on, for the shift
 template <class S, class T>
 __global__ void __launch_bounds__(kThreads)
-    gather_kernel(const S* data, std::int64_t row_stride, std::int64_t col_stride, Panel<T> out) {
+    gather_kernel(const S* data, std::int64_t row_stride, std::int64_t col_stride, Panel<T> out,
+                  Shift<T> shift = {}, std::int64_t first = 0) {
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
        i < out.rows * out.cols; i += step) {
     const std::int64_t r = i / out.cols, c = i % out.cols;
-    out.data[r * out.stride + c] = static_cast<T>(to_float(data[r * row_stride + c * col_stride]));
+    const T x = static_cast<T>(to_float(data[r * row_stride + c * col_stride]));
+    out.data[r * out.stride + c] = shift.applied(x, first + r, c);
   }
 }
 

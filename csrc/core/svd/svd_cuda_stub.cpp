@@ -12,5 +12,10 @@ void randomized_svd_cuda(const Context&, const StridedMatrixView&, const SvdPlan
 std::size_t randomized_svd_workspace_cuda(const StridedMatrixView&, const SvdPlan&) {
   detail::fail("randomized_svd: structmat was built without CUDA");
 }
+std::unique_ptr<SvdSearch> svd_to_tolerance_cuda(const Context&, const StridedMatrixView&,
+                                                 const SvdPlan&, double, const SvdOptions&,
+                                                 const SvdAllocate&) {
+  detail::fail("randomized_svd: structmat was built without CUDA");
+}
 
 }  // namespace structmat
