@@ -65,8 +65,8 @@ STRUCTMAT_API void randomized_svd(const Context& context, const StridedMatrixVie
                                   MatrixView vh, SvdInfo* info);
 
 // Device memory the call above asks for, in bytes: O((m + n) l + l^2) for a basis of l columns,
-// twice rank + oversample; 32 MB for cuBLAS; 2^24 numbers, or a row, where A is 16-bit or has two
-// strides.
+// twice rank + oversample; 32 MB for cuBLAS; 2^24 numbers, or a row, where A is 16-bit, has two
+// strides or is centred.
 STRUCTMAT_API std::size_t randomized_svd_workspace(const Context& context,
                                                    const StridedMatrixView& a,
                                                    const SvdOptions& options);
