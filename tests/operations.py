@@ -45,7 +45,11 @@ def gaussian(like: torch.Tensor) -> torch.Tensor:
 
 
 def svd(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.ops.structmat.randomized_svd(A, 5, 3, None, 1)
+    return torch.ops.structmat.randomized_svd(A, 5, 3, None, 1, False)
+
+
+def centred_svd(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.ops.structmat.randomized_svd(A, 3, 3, None, 1, True)
 
 
 def gram_moments(A: torch.Tensor, X: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -65,7 +69,7 @@ def range_step(A: torch.Tensor, Q: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def svd_list(*A: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    U, S, Vh, facts = torch.ops.structmat.randomized_svd_list(list(A), [2, 3], None, None, 1)
+    U, S, Vh, facts = torch.ops.structmat.randomized_svd_list(list(A), [2, 3], None, None, 1, False)
     return (*U, *S, *Vh, facts)
 
 
@@ -109,6 +113,7 @@ OPERATIONS = [
     Operation("orthonormalize", ((41, 7),), orthonormalize, False, WIDE),
     Operation("range_step", ((41, 23), (23, 5)), range_step, False),
     Operation("randomized_svd", ((67, 45),), svd, False),
+    Operation("randomized_svd, centred", ((41, 23),), centred_svd, False),
     Operation("randomized_svd_list", ((13, 9), (5, 11)), svd_list, False, (torch.float32,)),
     Operation("streaming_svd", ((133, 9),), streaming, False),
     Operation("streaming_svd, wide rows", ((3, 131),), streaming_wide, False, (torch.float32,)),

@@ -130,6 +130,15 @@ def test_program_agrees_with_python(
     torch.testing.assert_close(y, want, rtol=0, atol=2e-5 * float(want.abs().max()))
 
 
+def test_svd_to_a_tolerance(prefix: Path, tmp_path: Path) -> None:
+    """A C++17 program that meets the library by its header alone."""
+    source, out = ROOT / "tests/cpp/svd_to_tolerance.cpp", tmp_path / "svd"
+    library = prefix / "lib"
+    command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{prefix / 'include'}"]
+    run(*command, source, f"-L{library}", "-lstructmat", f"-Wl,-rpath,{library}", "-o", out)
+    assert run(out).startswith("rank 3 error")
+
+
 def test_program_runs_on_its_pattern(program: Path, tmp_path: Path) -> None:
     weights = layer(torch.float32, True)
     save_file(weights, tmp_path / "layer.safetensors")

@@ -94,7 +94,7 @@ def test_non_finite():
     with pytest.raises(torch.linalg.LinAlgError, match=r"exceeds the range .* of A\[2\]"):
         sm.linalg.randomized_svd(A, 3)
     # the others have their results
-    U, S, Vh, facts = torch.ops.structmat.randomized_svd_list(A, [3] * 4, None, None, 0)
+    U, S, Vh, facts = torch.ops.structmat.randomized_svd_list(A, [3] * 4, None, None, 0, False)
     assert facts[:, 4].tolist() == [1, 1, 0, 1]
     assert all(t.isnan().all() for t in (U[2], S[2], Vh[2]))
     assert torch.equal(S[3], sm.linalg.randomized_svd(A[3], 3).S)
@@ -135,7 +135,7 @@ def test_operator_checks_too():
         ("rank is 1000000000000, wanted 1 to 3", ([ONE], [10**12])),
     ):
         with pytest.raises(RuntimeError, match=message):
-            operator(*arguments, None, None, 0)
+            operator(*arguments, None, None, 0, False)
 
 
 def test_gradients():
@@ -165,7 +165,7 @@ def test_compile(backend):
 def test_opcheck():
     A = [torch.randn(12, 9), torch.randn(9, 12, dtype=torch.float64).T]
     operators = torch.ops.structmat
-    torch.library.opcheck(operators.randomized_svd_list.default, (A, [3, 2], None, None, 0))
+    torch.library.opcheck(operators.randomized_svd_list.default, (A, [3, 2], None, None, 0, False))
     torch.library.opcheck(
-        operators.randomized_svd.default, (torch.randn(2, 3, 6, 5), 3, None, None, 0)
+        operators.randomized_svd.default, (torch.randn(2, 3, 6, 5), 3, None, None, 0, False)
     )

@@ -231,7 +231,7 @@ def test_second_derivatives_are_refused():
 
 def test_facts_have_no_gradient():
     A = gapped(6, 5, 2).requires_grad_()
-    *_, facts = torch.ops.structmat.randomized_svd(A, 2, None, None, 0)
+    *_, facts = torch.ops.structmat.randomized_svd(A, 2, None, None, 0, False)
     assert not facts.requires_grad
     assert isinstance(sm.linalg.randomized_svd(A, 2).info.error, float)
 
@@ -255,7 +255,7 @@ def test_opcheck():
         torch.ops.structmat.randomized_svd_backward.default, (A, *factors, *like, False)
     )
     A.requires_grad_()
-    torch.library.opcheck(torch.ops.structmat.randomized_svd.default, (A, 3, None, None, 0))
+    torch.library.opcheck(torch.ops.structmat.randomized_svd.default, (A, 3, None, None, 0, False))
 
 
 @pytest.mark.parametrize("k", [2, 3])

@@ -38,11 +38,16 @@ STRUCTMAT_LIBRARY(m) {
       "svd_tail(Tensor A, int rank, int? oversample, int seed) -> "
       "(Tensor U, Tensor S, Tensor Vh, Tensor info)");
   m.def(
-      "randomized_svd(Tensor A, int rank, int? oversample, int? sweeps, int seed) -> "
+      "randomized_svd(Tensor A, int rank, int? oversample, int? sweeps, int seed, "
+      "bool center) -> "
       "(Tensor U, Tensor S, Tensor Vh, Tensor info)");
   m.def(
-      "randomized_svd_list(Tensor[] A, int[] rank, int? oversample, int? sweeps, int seed) -> "
+      "randomized_svd_list(Tensor[] A, int[] rank, int? oversample, int? sweeps, int seed, "
+      "bool center) -> "
       "(Tensor[] U, Tensor[] S, Tensor[] Vh, Tensor info)");
+  m.def(
+      "randomized_svd_to_tolerance(Tensor A, float rtol, int? oversample, int? sweeps, int seed, "
+      "bool center) -> (Tensor U, Tensor S, Tensor Vh, Tensor info)");
   m.def(  // its kernel is python/structmat/linalg/svd_gradient.py
       "randomized_svd_backward(Tensor A, Tensor U, Tensor S, Tensor Vh, Tensor? dU, Tensor? dS, "
       "Tensor? dVh, bool center) -> Tensor");

@@ -108,6 +108,9 @@ inline int max_shared_bytes() {
   const char* wanted = std::getenv("STRUCTMAT_EMULATE_SHARED");
   return wanted != nullptr ? std::atoi(wanted) : 227 * 1024;
 }
+inline void read(void*, void* to, const void* from, std::size_t bytes) {
+  std::memcpy(to, from, bytes);
+}
 
 }  // namespace structmat::cuda
 

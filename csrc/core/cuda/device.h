@@ -9,6 +9,8 @@
 #else
 #include <cuda_runtime.h>
 
+#include <string>
+
 #include "structmat/error.h"
 
 #define SM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                              \
@@ -42,6 +44,16 @@ inline int max_shared_bytes() {
                       cudaSuccess;
   STRUCTMAT_CHECK(ok, "structmat: cannot read how much shared memory the device has");
   return bytes;
+}
+
+// From the device to the host, after what was enqueued before: the host waits.
+inline void read(void* stream, void* to, const void* from, std::size_t bytes) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  cudaError_t status = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, on);
+  if (status == cudaSuccess) status = cudaStreamSynchronize(on);
+  STRUCTMAT_CHECK(status == cudaSuccess,
+                  std::string("structmat: cannot read from the device, ") +
+                      "which a CUDA graph does not allow: " + cudaGetErrorString(status));
 }
 
 }  // namespace structmat::cuda

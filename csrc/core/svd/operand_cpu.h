@@ -3,7 +3,6 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <utility>
 #include <vector>
 
@@ -11,26 +10,29 @@
 #include "parallel.h"
 #include "simd.h"
 #include "structmat/svd.h"
+#include "svd/mean_cpu.h"
 #include "svd/norm.h"
 #include "svd/orth.h"
+#include "svd/svd_plan.h"
 #include "svd/sweep_simd.h"
 
 namespace structmat {
 
-template <class T>
-std::unique_ptr<T[]> scratch(std::int64_t count) {  // not set to zero
-  return std::unique_ptr<T[]>(new T[static_cast<std::size_t>(count > 0 ? count : 1)]);
-}
-
-// B (tall x small) as it is stored: itself or its transpose.
+// B (tall x small) as it is stored: itself or its transpose. Centred, less the means of its columns
+// or, where B is A^T, of its rows: subtracted as numbers are read, since what they take from a
+// product would leave it the rounding of their own size.
 template <class T>
 class Operand {
  public:
-  Operand(const Context& context, const StridedMatrixView& b)
+  Operand(const Context& context, const StridedMatrixView& b, const SvdPlan& plan = {})
       : context_(context), transposed_(b.col_stride != 1 && b.row_stride == 1), stored_{b} {
-    if (!transposed_) return;
-    std::swap(stored_.s.rows, stored_.s.cols);
-    std::swap(stored_.s.row_stride, stored_.s.col_stride);
+    if (plan.center) {
+      mean_.find(context, plan.swapped ? transpose(b) : b);
+      stored_.high = mean_.high.get();
+      stored_.low = mean_.low.get();
+      stored_.of_rows = plan.swapped != transposed_;
+    }
+    if (transposed_) stored_.s = transpose(b);
   }
 
   // y = B x; with `norm` also B's.
@@ -61,10 +63,13 @@ class Operand {
           T* row = y.data + r * y.stride;
           for (std::int64_t c = 0; c < y.cols; ++c)
             row[c] = static_cast<T>(to_float(in[r * row_stride + c * col_stride]));
+          if (stored_.high != nullptr)
+            mean_.subtract(row, r, y.cols, stored_.of_rows != transposed_);
           norms[static_cast<std::size_t>(i)].add(row, y.cols);
         }
       });
     });
+    if (norm == nullptr) return;
     for (const Norm& n : norms) norm->add(n);
   }
 
@@ -86,8 +91,13 @@ class Operand {
       STRUCTMAT_SIMD_CALL(sweep_sketch, context_, sweep, seed, y);
   }
 
+  static StridedMatrixView transpose(const StridedMatrixView& b) {
+    return {b.data, b.dtype, b.cols, b.rows, b.col_stride, b.row_stride};
+  }
+
   const Context context_;
   const bool transposed_;
+  Mean<T> mean_;
   Sweep stored_;
 };
 

@@ -104,18 +104,39 @@ __device__ inline ScaledNorm reduce_norm(ScaledNorm mine) {
   return all[0];
 }
 
-// partial[block] <- the norm of the block's share of a strided matrix
-template <class S>
+// What is subtracted from a matrix as it is read, if anything: a number per column or per row.
+template <class T>
+struct Shift {
+  const T *high = nullptr, *low = nullptr;
+  bool of_rows = false;
+
+  __device__ T applied(T x, std::int64_t row, std::int64_t col) const {
+    if (high == nullptr) return x;
+    const std::int64_t i = of_rows ? row : col;
+    return (x - high[i]) - low[i];
+  }
+};
+
+// partial[block] <- the norm of the block's share of a strided matrix. With a shift one entry is
+// under way at a time: four of them would need more registers than there are.
+template <class S, bool kShifted = false>
 __global__ void __launch_bounds__(kThreads)
     measure_kernel(const S* data, std::int64_t rows, std::int64_t cols, std::int64_t row_stride,
-                   std::int64_t col_stride, ScaledNorm* partial) {
+                   std::int64_t col_stride, ScaledNorm* partial,
+                   Shift<accumulator_t<S>> shift = {}) {
+  const auto value = [&](S entry, std::int64_t row, std::int64_t col) {
+    if constexpr (kShifted) return shift.applied(to_float(entry), row, col);
+    return to_float(entry);
+  };
+  constexpr int in_flight = kShifted ? 1 : kInFlight;
   ScaledNorm norm{0, 0};
   for (Entries e(rows, cols); e.left();) {
-    double x_of[kInFlight];
+    double x_of[in_flight];
     SM_UNROLL
-    for (int k = 0; k < kInFlight; ++k, e.next())
+    for (int k = 0; k < in_flight; ++k, e.next())
       x_of[k] = e.left()
-                    ? static_cast<double>(to_float(data[e.row * row_stride + e.col * col_stride]))
+                    ? static_cast<double>(
+                          value(data[e.row * row_stride + e.col * col_stride], e.row, e.col))
                     : 0.0;
     for (const double x : x_of) {
       if constexpr (sizeof(S) < 8) {  // squares of a float fit a double
@@ -135,17 +156,20 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partial[blockIdx.x] = norm;
 }
 
-// out (rows, cols) <- the strided matrix, converted
+// out (rows, cols) <- the strided matrix, converted; its rows from `first` on, for the shift
 template <class S, class T>
 __global__ void __launch_bounds__(kThreads)
-    gather_kernel(const S* data, std::int64_t row_stride, std::int64_t col_stride, Panel<T> out) {
+    gather_kernel(const S* data, std::int64_t row_stride, std::int64_t col_stride, Panel<T> out,
+                  Shift<T> shift = {}, std::int64_t first = 0) {
   for (Entries e(out.rows, out.cols); e.left();) {
     T value[kInFlight];
     Entries to = e;
     SM_UNROLL
     for (int k = 0; k < kInFlight; ++k, e.next())
       if (e.left())
-        value[k] = static_cast<T>(to_float(data[e.row * row_stride + e.col * col_stride]));
+        value[k] =
+            shift.applied(static_cast<T>(to_float(data[e.row * row_stride + e.col * col_stride])),
+                          first + e.row, e.col);
     SM_UNROLL
     for (int k = 0; k < kInFlight; ++k, to.next())
       if (to.left()) out.data[to.row * out.stride + to.col] = value[k];

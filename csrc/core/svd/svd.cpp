@@ -18,19 +18,28 @@ std::string shape(std::int64_t rows, std::int64_t cols) {
   return out.append(std::to_string(rows)).append(", ").append(std::to_string(cols)).append(")");
 }
 
-void check_options(const StridedMatrixView& a, const SvdOptions& options) {
-  const std::string op = "randomized_svd: ";
+const std::string op = "randomized_svd: ";
+
+void check_matrix(const StridedMatrixView& a) {
   STRUCTMAT_CHECK(a.rows > 0 && a.cols > 0, op + "A is empty, shape " + shape(a.rows, a.cols));
-  STRUCTMAT_CHECK(options.rank >= 1 && options.rank <= std::min(a.rows, a.cols),
-                  op + "rank is " + std::to_string(options.rank) + ", wanted 1 to " +
-                      std::to_string(std::min(a.rows, a.cols)) + " for A of shape " +
-                      shape(a.rows, a.cols));
+}
+
+void check_bounds(const SvdOptions& options) {
   STRUCTMAT_CHECK(
       options.oversample.value_or(0) >= 0,
       op + "oversample is " + std::to_string(*options.oversample) + ", wanted at least 0");
   STRUCTMAT_CHECK(options.sweeps.value_or(2) >= 2,
                   op + "sweeps is " + std::to_string(*options.sweeps) +
                       ", wanted at least 2 (one pass finds a range, one more the factors)");
+}
+
+void check_options(const StridedMatrixView& a, const SvdOptions& options) {
+  check_matrix(a);
+  STRUCTMAT_CHECK(options.rank >= 1 && options.rank <= std::min(a.rows, a.cols),
+                  op + "rank is " + std::to_string(options.rank) + ", wanted 1 to " +
+                      std::to_string(std::min(a.rows, a.cols)) + " for A of shape " +
+                      shape(a.rows, a.cols));
+  check_bounds(options);
 }
 
 void check_output(const void* data, DType dtype, DType wanted_dtype, std::int64_t rows,
@@ -42,15 +51,19 @@ void check_output(const void* data, DType dtype, DType wanted_dtype, std::int64_
           ", wanted " + name_of(wanted_dtype) + " " + shape(wanted_rows, wanted_cols));
 }
 
-void check_problem(const StridedMatrixView& a, const SvdOptions& options, const MatrixView& u,
+void check_outputs(const StridedMatrixView& a, std::int64_t k, const MatrixView& u,
                    const VectorView& s, const MatrixView& vh, const SvdInfo* info) {
-  check_options(a, options);
   const DType dtype = a.dtype == DType::f64 ? DType::f64 : DType::f32;
-  const std::int64_t k = options.rank;
   check_output(u.data, u.dtype, dtype, u.rows, u.cols, a.rows, k, "U");
   check_output(s.data, s.dtype, dtype, s.size, 1, k, 1, "S");
   check_output(vh.data, vh.dtype, dtype, vh.rows, vh.cols, k, a.cols, "Vh");
   STRUCTMAT_CHECK(info != nullptr, "randomized_svd: info is null");
+}
+
+void check_problem(const StridedMatrixView& a, const SvdOptions& options, const MatrixView& u,
+                   const VectorView& s, const MatrixView& vh, const SvdInfo* info) {
+  check_options(a, options);
+  check_outputs(a, options.rank, u, s, vh, info);
 }
 
 void check_workspace(const Context& context, std::size_t wanted) {
@@ -144,6 +157,38 @@ void randomized_svd(const Context& context, const SvdProblem* problems, std::int
     const SvdProblem& p = problems[i];
     randomized_svd(own, p.a, p.options, p.u, p.s, p.vh, p.info);
   });
+}
+
+SvdToTolerance::SvdToTolerance(const Context& context, const StridedMatrixView& a, double rtol,
+                               const SvdOptions& options, const SvdAllocate& allocate)
+    : a_(a) {
+  check_matrix(a);
+  STRUCTMAT_CHECK(rtol > 0 && rtol < 1,
+                  op + "rtol is " + std::to_string(rtol) + ", wanted more than 0 and less than 1");
+  STRUCTMAT_CHECK(options.rank == 0,
+                  op + "rank is " + std::to_string(options.rank) + ", wanted 0 beside a tolerance");
+  check_bounds(options);
+  SvdOptions one = options;  // sizes and orientation are all that a plan says here
+  one.rank = 1;
+  const SvdPlan plan = plan_wide(a.rows, a.cols, one);
+  if (context.device == Device::cuda) {
+    STRUCTMAT_CHECK(allocate != nullptr, op + "allocate is empty, wanted one on a GPU");
+    search_ = svd_to_tolerance_cuda(context, tall_view(a, plan), plan, rtol, options, allocate);
+  } else {
+    search_ = svd_to_tolerance_cpu(context, tall_view(a, plan), plan, rtol, options);
+  }
+}
+SvdToTolerance::SvdToTolerance(SvdToTolerance&&) noexcept = default;
+SvdToTolerance& SvdToTolerance::operator=(SvdToTolerance&&) noexcept = default;
+SvdToTolerance::~SvdToTolerance() = default;
+
+std::int64_t SvdToTolerance::rank() const {
+  return search_->rank();
+}
+
+void SvdToTolerance::factors(MatrixView u, VectorView s, MatrixView vh, SvdInfo* info) {
+  check_outputs(a_, rank(), u, s, vh, info);
+  search_->factors(u, s, vh, info);
 }
 
 std::size_t randomized_svd_workspace(const Context& context, const SvdProblem* problems,

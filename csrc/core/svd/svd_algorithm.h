@@ -50,7 +50,7 @@ class SvdAlgorithm {
     }
     e.copy(t, x);
     orthonormalize(x, {}, kOrthPasses);
-    e.small_svd(x, t);  // R = X^T T = P S W^T
+    e.small_svd(x, t, plan.rank);  // R = X^T T = P S W^T
     // Jacobi's iteration divides by singular values, which leaves out the vectors of zeros.
     for (const Panel<T>& y : e.rough_vectors()) orthonormalize(y, {}, kOrthPasses);
     if (plan.probes > 0) e.measure_outside(q.columns(plan.basis(), plan.probes), q);

@@ -3,6 +3,8 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,6 +16,7 @@
 #include "svd/svd_algorithm.h"
 #include "svd/svd_info.h"
 #include "svd/svd_kernels.h"
+#include "svd/svd_tolerance.h"
 
 namespace structmat {
 namespace {
@@ -27,7 +30,7 @@ class CpuEngine {
             std::uint64_t seed, MatrixView u, VectorView s, MatrixView vh, SvdInfo* info)
       : context_(context),
         plan_(plan),
-        b_(context, b),
+        b_(context, b, plan),
         seed_(seed),
         u_(u),
         s_(s),
@@ -36,8 +39,9 @@ class CpuEngine {
         basis_(plan.basis()),
         q_(scratch<T>(plan.tall * plan.stored())),
         x_(scratch<T>(plan.small * plan.stored())),
-        t_(scratch<T>(plan.small * basis_)),
-        orth_(context, basis_, seed) {}
+        t_(scratch<T>(plan.small * basis_)) {
+    orth_.emplace(context, basis_, seed);
+  }
 
   Panel<T> q() { return {q_.get(), plan_.tall, basis_, plan_.stored()}; }
   Panel<T> x() { return {x_.get(), plan_.small, basis_, plan_.stored()}; }
@@ -83,14 +87,14 @@ class CpuEngine {
   }
 
   void orthonormalize(Panel<T> y, Panel<T> before, int passes, std::uint32_t& stream) {
-    check_in_range(orth_.orthonormalize(y, y, before, passes > 1 ? kMaxOrthPasses : 1, stream));
+    check_in_range(orth_->orthonormalize(y, y, before, passes > 1 ? kMaxOrthPasses : 1, stream));
   }
 
   // The root mean square over columns of y = B G of || (I - Q Q^T) y ||.
   void measure_outside(Panel<T> y, Panel<T> q) {
     if (missed<T>(plan_.tall, captured_.value() / norm_.value()) >= 0) return;  // as the energy tells it
     const auto c = scratch<T>(q.cols * y.cols);
-    orth_.inner(q, y, c.get(), y.cols);
+    orth_->inner(q, y, c.get(), y.cols);
     std::vector<Norm> norms(static_cast<std::size_t>(ceil_div(y.rows, kTile)));
     rows(y.rows, [&](std::int64_t first, std::int64_t last) {
       blas::gemm('N', 'N', to_int(y.cols), to_int(last - first), to_int(q.cols), T{-1}, c.get(),
@@ -99,6 +103,7 @@ class CpuEngine {
       for (std::int64_t i = first; i < last; ++i)
         norms[static_cast<std::size_t>(first / kTile)].add(y.data + i * y.stride, y.cols);
     });
+    outside_ = {};
     for (const Norm& n : norms) outside_.add(n);
     outside_.sum /= static_cast<double>(y.cols);
     check_in_range(std::isfinite(outside_.sum));
@@ -106,31 +111,21 @@ class CpuEngine {
   bool hides_copies() const { return structmat::hides_copies(plan_, sigma_.get()); }
 
   // R = x^T t = P diag(S) W^T; p_ <- P, w_ <- W.
-  void small_svd(Panel<T> x, Panel<T> t) {
-    const std::int64_t l = basis_;
-    std::vector<Norm> norms(static_cast<std::size_t>(ceil_div(t.rows, kTile)));
-    rows(t.rows, [&](std::int64_t first, std::int64_t last) {
-      for (std::int64_t i = first; i < last; ++i)
-        norms[static_cast<std::size_t>(first / kTile)].add(t.data + i * t.stride, l);
-    });
-    for (const Norm& n : norms) captured_.add(n);
+  void small_svd(Panel<T> x, Panel<T> t, std::int64_t) {
+    const std::int64_t l = t.cols;
+    captured_ = measured(t);
     check_in_range(std::isfinite(captured_.sum));
     const auto r = scratch<T>(l * l);
-    orth_.inner(x, t, r.get(), l);
+    orth_->inner(x, t, r.get(), l);
     check_in_range(std::all_of(r.get(), r.get() + l * l, [](T v) { return std::isfinite(v); }));
-    sigma_ = scratch<T>(l);
-    w_ = scratch<T>(l * l);
-    p_ = scratch<T>(l * l);
-    // BLAS sees R^T = W S P^T by columns: w_ holds W by columns, p_ holds P by rows.
-    if (!blas::gesdd(to_int(l), r.get(), to_int(l), sigma_.get(), w_.get(), to_int(l), p_.get(),
-                     to_int(l)))
+    if (!(keeps_digits_ ? decompose<double>(r.get(), l) : decompose<T>(r.get(), l)))
       throw LinAlgError("randomized_svd: the SVD of the projected matrix did not converge");
     check_in_range(std::isfinite(sigma_[0]) && std::isfinite(norm_.value()));
   }
 
   std::array<Panel<T>, 0> rough_vectors() { return {}; }
   void factors(Panel<T> q, Panel<T> x) {
-    const std::int64_t k = plan_.rank, l = basis_;
+    const std::int64_t k = plan_.rank, l = q.cols;
     std::copy_n(sigma_.get(), k, static_cast<T*>(s_.data));
     const auto w = scratch<T>(l * k), p = scratch<T>(l * k);
     for (std::int64_t i = 0; i < l; ++i)
@@ -144,11 +139,102 @@ class CpuEngine {
     *info_ = svd_info(plan_, sigma_.get(), norm_.value(), captured_.value(), outside_.value());
   }
 
+  // ---- of a basis that grows (svd_tolerance.h) ----
+  // LAPACK's SVD of 300 x 300 floats errs by 60 eps, which is more than a certificate may miss. In
+  // double it takes 1.7 times as long.
+  void keep_digits() { keeps_digits_ = true; }
+  struct Owned {
+    std::unique_ptr<T[]> memory;
+    Panel<T> panel;
+  };
+  Owned allocate(std::int64_t rows, std::int64_t cols) const {
+    Owned out{scratch<T>(rows * cols), {}};
+    out.panel = {out.memory.get(), rows, cols, cols};
+    return out;
+  }
+  // Buffers for another plan, with the first `used` columns of the basis.
+  void resize(const SvdPlan& plan, std::int64_t used) {
+    check_basis(plan);
+    const Panel<T> old[] = {q(), x(), t()};
+    const std::unique_ptr<T[]> kept[] = {std::move(q_), std::move(x_), std::move(t_)};
+    plan_ = plan;
+    basis_ = plan.basis();
+    q_ = scratch<T>(plan.tall * plan.stored());
+    x_ = scratch<T>(plan.small * plan.stored());
+    t_ = scratch<T>(plan.small * basis_);
+    orth_.emplace(context_, basis_, seed_);
+    const Panel<T> now[] = {q(), x(), t()};
+    for (int i = 0; i < 3; ++i) copy(old[i].columns(0, used), now[i].columns(0, used));
+  }
+  double norm() const {
+    check_in_range(std::isfinite(norm_.value()));
+    return norm_.value();
+  }
+  double norm_of(Panel<T> y) { return measured(y).value(); }
+  // out <- Y^T Y / unit^2
+  void gram_of(Panel<T> y, double unit, double* out) const {
+    std::fill_n(out, y.cols * y.cols, 0.0);
+    std::vector<double> row(static_cast<std::size_t>(y.cols));
+    for (std::int64_t r = 0; r < y.rows; ++r) {
+      for (std::int64_t j = 0; j < y.cols; ++j)
+        row[static_cast<std::size_t>(j)] = static_cast<double>(y.data[r * y.stride + j]) / unit;
+      for (std::int64_t i = 0; i < y.cols; ++i)
+        for (std::int64_t j = 0; j < y.cols; ++j)
+          out[i * y.cols + j] +=
+              row[static_cast<std::size_t>(i)] * row[static_cast<std::size_t>(j)];
+    }
+  }
+  std::vector<double> singular_values(std::int64_t count) const {
+    return {sigma_.get(), sigma_.get() + count};
+  }
+  void finish(const SvdPlan& plan, MatrixView u, VectorView s, MatrixView vh, SvdInfo* info) {
+    plan_ = plan;
+    u_ = u;
+    s_ = s;
+    vh_ = vh;
+    info_ = info;
+  }
+  void report(bool converged) { info_->converged = converged ? 1 : 0; }
+
+  static void check_basis(const SvdPlan& plan) {
+    STRUCTMAT_CHECK(plan.basis() <= 20000,
+                    "randomized_svd: a basis of " + std::to_string(plan.basis()) +
+                        " columns, wanted at most 20000 (LAPACK counts in 32 bits)");
+  }
+
  private:
   static int to_int(std::int64_t size) { return static_cast<int>(size); }
+  template <class S>
+  bool decompose(const T* r, std::int64_t l) {
+    const auto a = scratch<S>(l * l), s = scratch<S>(l), w = scratch<S>(l * l),
+               p = scratch<S>(l * l);
+    std::copy_n(r, l * l, a.get());
+    const int n = to_int(l);
+    // BLAS sees R^T = W S P^T by columns: w holds W by columns, p holds P by rows.
+    const bool done = blas::gesdd(n, a.get(), n, s.get(), w.get(), n, p.get(), n);
+    const auto converted = [](const S* from, std::int64_t count) {
+      auto to = scratch<T>(count);
+      std::transform(from, from + count, to.get(), [](S x) { return static_cast<T>(x); });
+      return to;
+    };
+    sigma_ = converted(s.get(), l);
+    w_ = converted(w.get(), l * l);
+    p_ = converted(p.get(), l * l);
+    return done;
+  }
+  Norm measured(Panel<T> y) {
+    std::vector<Norm> norms(static_cast<std::size_t>(ceil_div(y.rows, kTile)));
+    rows(y.rows, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t i = first; i < last; ++i)
+        norms[static_cast<std::size_t>(first / kTile)].add(y.data + i * y.stride, y.cols);
+    });
+    Norm out;
+    for (const Norm& n : norms) out.add(n);
+    return out;
+  }
   template <class Body>  // body(first, last) over tiles of rows
   void rows(std::int64_t count, Body&& body) {
-    orth_.rows(count, body);
+    orth_->rows(count, body);
   }
   // out = basis c, or its transpose; c (basis, rank) row-major
   void rotate(Panel<T> basis, const T* c, MatrixView out, bool transposed) {
@@ -207,7 +293,9 @@ class CpuEngine {
   void check_finite() {
     if (measured_) return;
     measured_ = true;
-    if (!std::isfinite(norm_.sum)) throw LinAlgError("randomized_svd: A contains NaN or Inf");
+    if (!std::isfinite(norm_.sum))
+      throw LinAlgError(std::string("randomized_svd: A contains NaN or Inf") +
+                        (plan_.center ? ", or less its mean exceeds the range of its type" : ""));
   }
   static void check_in_range(bool finite) {
     if (!finite)
@@ -216,19 +304,19 @@ class CpuEngine {
   }
 
   const Context context_;
-  const SvdPlan plan_;
+  SvdPlan plan_;
   const Operand<T> b_;
   const std::uint64_t seed_;
-  const MatrixView u_;
-  const VectorView s_;
-  const MatrixView vh_;
-  SvdInfo* const info_;
+  MatrixView u_;
+  VectorView s_;
+  MatrixView vh_;
+  SvdInfo* info_;
 
-  const std::int64_t basis_;
-  const std::unique_ptr<T[]> q_, x_, t_;
-  OrthCpu<T> orth_;
+  std::int64_t basis_;
+  std::unique_ptr<T[]> q_, x_, t_;
+  std::optional<OrthCpu<T>> orth_;
   std::unique_ptr<T[]> sigma_, w_, p_;
-  bool measured_ = false;
+  bool measured_ = false, keeps_digits_ = false;
   Norm norm_, captured_, outside_;
 };
 
@@ -239,12 +327,11 @@ void randomized_svd_cpu(const Context& context, const StridedMatrixView& b, cons
                         SvdInfo* info) {
   SvdOptions options;
   options.rank = plan.rank;
+  options.center = plan.center;
   const SvdPlan wide = plan.narrow ? plan_wide(plan.swapped ? plan.small : plan.tall,
                                                plan.swapped ? plan.tall : plan.small, options)
                                    : plan;
-  STRUCTMAT_CHECK(wide.basis() <= 20000,
-                  "randomized_svd: a basis of " + std::to_string(wide.basis()) +
-                      " columns, wanted at most 20000 (LAPACK counts in 32 bits)");
+  CpuEngine<float>::check_basis(wide);
   const auto decompose = [&](auto element, const SvdPlan& with) {
     using Engine = CpuEngine<decltype(element)>;
     Engine engine(context, b, with, seed, u, s, vh, info);
@@ -257,6 +344,19 @@ void randomized_svd_cpu(const Context& context, const StridedMatrixView& b, cons
   if (!with_type(plan)) return;
   with_type(wide);
   info->sweeps += static_cast<double>(plan.sweeps);
+}
+
+std::unique_ptr<SvdSearch> svd_to_tolerance_cpu(const Context& context, const StridedMatrixView& b,
+                                                const SvdPlan& plan, double rtol,
+                                                const SvdOptions& options) {
+  const auto search = [&](auto element) -> std::unique_ptr<SvdSearch> {
+    using Engine = CpuEngine<decltype(element)>;
+    const auto start = [&](const SvdPlan& first) {
+      return Engine(context, b, first, options.seed, {}, {}, {}, nullptr);
+    };
+    return std::make_unique<SvdToToleranceOf<Engine>>(plan, rtol, options, start);
+  };
+  return b.dtype == DType::f64 ? search(double{}) : search(float{});
 }
 
 }  // namespace structmat

@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "cuda/arena.h"
 #include "cuda/device.h"
@@ -9,10 +14,13 @@
 #include "random/random_kernels.h"
 #include "structmat/error.h"
 #include "svd/jacobi_cuda.cuh"
+#include "svd/mean_cuda.cuh"
+#include "svd/norm.h"
 #include "svd/orth_cuda.cuh"
 #include "svd/panel_cuda.cuh"
 #include "svd/svd_info.h"
 #include "svd/svd_kernels.h"
+#include "svd/svd_tolerance.h"
 
 namespace structmat {
 namespace {
@@ -26,19 +34,26 @@ struct Stored {
   StridedMatrixView view;
   bool transposed, in_place;
 
-  explicit Stored(const StridedMatrixView& b)
+  Stored(const StridedMatrixView& b, bool center)
       : view(b), transposed(b.col_stride != 1 && b.row_stride == 1) {
     if (transposed) {
       std::swap(view.rows, view.cols);
       std::swap(view.row_stride, view.col_stride);
     }
-    in_place = (view.dtype == DType::f32 || view.dtype == DType::f64) && view.col_stride == 1 &&
-               view.row_stride >= view.cols;
+    in_place = !center && (view.dtype == DType::f32 || view.dtype == DType::f64) &&
+               view.col_stride == 1 && view.row_stride >= view.cols;
   }
   std::int64_t panel_rows() const {
     return std::clamp<std::int64_t>(kConverted / view.cols, 1, view.rows);
   }
 };
+
+// A itself, whose rows have the mean.
+StridedMatrixView rows_of_a(const SvdPlan& plan, const Stored& s) {
+  if (plan.swapped == s.transposed) return s.view;
+  const StridedMatrixView& v = s.view;
+  return {v.data, v.dtype, v.cols, v.rows, v.col_stride, v.row_stride};
+}
 
 template <class T>
 struct Buffers {
@@ -51,14 +66,13 @@ struct Buffers {
   T* extremes;                     // (kMaxSlabs, l)
   int *place, *rotated;            // (l), (kJacobiSweeps)
   ScaledNorm *of_a, *of_t, *of_y;  // (kMaxMeasures)
+  Mean<T> mean;
   T* converted;
   OrthWork orth;
   std::size_t bytes;
 
-  Buffers(void* base, const SvdPlan& plan, const Stored& a) : Buffers(cuda::Arena(base), plan, a) {}
-
- private:
-  Buffers(cuda::Arena arena, const SvdPlan& plan, const Stored& a) : orth(arena, plan.basis()) {
+  Buffers(cuda::Arena arena, const SvdPlan& plan, const Stored& a)
+      : mean(arena, rows_of_a(plan, a), plan.center), orth(arena, plan.basis()) {
     const std::int64_t l = plan.basis(), k = plan.rank;
     q = arena.take<T>(plan.tall * plan.stored());
     x = arena.take<T>(plan.small * plan.stored());
@@ -141,6 +155,27 @@ __global__ void __launch_bounds__(kThreads)
     vh.data[i / vh.cols * vh.stride + i % vh.cols] = nan;
 }
 
+__global__ void report_kernel(SvdInfo* info, bool converged) {
+  info->converged = converged ? 1 : 0;
+}
+
+// gram <- scale^2 Y^T Y for a few columns. One block an entry.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    scaled_gram_kernel(Panel<T> y, double scale, double* gram) {
+  __shared__ double all[kThreads];
+  const std::int64_t i = blockIdx.x / y.cols, j = blockIdx.x % y.cols;
+  double sum = 0;
+  for (std::int64_t r = threadIdx.x; r < y.rows; r += kThreads)
+    sum += (y.data[r * y.stride + i] * scale) * (y.data[r * y.stride + j] * scale);
+  all[threadIdx.x] = sum;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) all[threadIdx.x] += all[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) gram[blockIdx.x] = all[0];
+}
+
 template <class T>
 class CudaEngine {
  public:
@@ -151,19 +186,28 @@ class CudaEngine {
       : context_(context),
         plan_(plan),
         b_(b),
-        stored_(b),
+        stored_(b, plan.center),
         seed_(seed),
         info_(info),
-        buffers_(context.workspace, plan, stored_),
+        buffers_(cuda::Arena(context.workspace), plan, stored_),
         u_{static_cast<T*>(u.data), u.rows, u.cols, u.row_stride},
         s_{static_cast<T*>(s.data), 1, s.size, s.size},
         vh_{static_cast<T*>(vh.data), vh.rows, vh.cols, vh.row_stride} {
     SM_LAUNCH(start_kernel, 1, 1, 0, context_.stream, buffers_.orth.state);
+    if (plan.center) buffers_.mean.find(context_.stream, rows_of_a(plan, stored_));
     dispatch_dtype(b.dtype, [&](auto element) {
       using S = decltype(element);
-      SM_LAUNCH(measure_kernel<S>, measure_count(b.rows * b.cols), kThreads, 0, context_.stream,
-                static_cast<const S*>(stored_.view.data), stored_.view.rows, stored_.view.cols,
-                stored_.view.row_stride, stored_.view.col_stride, buffers_.of_a);
+      if constexpr (std::is_same_v<accumulator_t<S>, T>) {
+        const StridedMatrixView& v = stored_.view;
+        const S* const data = static_cast<const S*>(v.data);
+        const unsigned parts = measure_count(v.rows * v.cols);
+        if (plan.center)
+          SM_LAUNCH((measure_kernel<S, true>), parts, kThreads, 0, context_.stream, data, v.rows,
+                    v.cols, v.row_stride, v.col_stride, buffers_.of_a, shift(stored_.transposed));
+        else
+          SM_LAUNCH((measure_kernel<S>), parts, kThreads, 0, context_.stream, data, v.rows, v.cols,
+                    v.row_stride, v.col_stride, buffers_.of_a, Shift<T>{});
+      }
     });
   }
 
@@ -185,7 +229,7 @@ class CudaEngine {
     sketch(y, 0);
     multiply_transposed(y, x);
   }
-  void load(Panel<T> y) { gather(b_, 0, y); }
+  void load(Panel<T> y) { gather(b_, 0, y, shift(false)); }
   void copy(Panel<T> from, Panel<T> to) {
     SM_LAUNCH(copy_kernel<T>, blocks_for(from.rows * from.cols), kThreads, 0, context_.stream, from,
               to);
@@ -221,8 +265,9 @@ class CudaEngine {
   }
 
   // R = x^T t = P diag(S) W^T; left <- W_k, right <- P_k.
-  void small_svd(Panel<T> x, Panel<T> t) {
-    const std::int64_t l = plan_.basis(), k = plan_.rank;
+  void small_svd(Panel<T> x, Panel<T> t, std::int64_t k) {
+    const std::int64_t l = t.cols;
+    vectors_ = {l, k};
     void* stream = context_.stream;
     SM_LAUNCH(measure_kernel<T>, measure_count(t.rows * t.cols), kThreads, 0, stream, t.data,
               t.rows, t.cols, t.stride, std::int64_t{1}, buffers_.of_t);
@@ -233,18 +278,18 @@ class CudaEngine {
     jacobi_svd<T>(stream, jacobi, l, k, least_square<T>());
   }
   std::array<Panel<T>, 2> rough_vectors() {
-    return {Panel<T>{buffers_.left, plan_.basis(), plan_.rank, plan_.rank},
-            Panel<T>{buffers_.right, plan_.basis(), plan_.rank, plan_.rank}};
+    return {Panel<T>{buffers_.left, vectors_[0], vectors_[1], vectors_[1]},
+            Panel<T>{buffers_.right, vectors_[0], vectors_[1], vectors_[1]}};
   }
 
   void factors(Panel<T> q, Panel<T> x) {
-    const std::int64_t l = plan_.basis(), k = plan_.rank;
+    const std::int64_t l = q.cols, k = plan_.rank, ld = vectors_[1];
     const Panel<T> left = plan_.swapped ? x : q, right = plan_.swapped ? q : x;
     const T* of_left = plan_.swapped ? buffers_.right : buffers_.left;
     const T* of_right = plan_.swapped ? buffers_.left : buffers_.right;
-    cublas<T>(false, u_.rows, k, l, 1, left.data, left.stride, of_left, k, 0, u_.data, u_.stride);
+    cublas<T>(false, u_.rows, k, l, 1, left.data, left.stride, of_left, ld, 0, u_.data, u_.stride);
     constexpr DType dtype = dtype_of<T>();
-    const cuda::Gemm product{true,       true,         k,        vh_.cols,   l,     of_right, k,
+    const cuda::Gemm product{true,       true,         k,        vh_.cols,   l,     of_right, ld,
                              right.data, right.stride, vh_.data, vh_.stride, dtype, dtype};
     cuda::gemm(context_, product, buffers_.orth.gemm);
     extremes(u_);
@@ -261,7 +306,106 @@ class CudaEngine {
               buffers_.sigma, info_);
   }
 
+  // ---- of a basis that grows (svd_tolerance.h) ----
+  struct Owned {
+    std::shared_ptr<void> memory;
+    Panel<T> panel;
+  };
+  // An engine with memory of its own, and no outputs yet.
+  CudaEngine(const Context& context, const StridedMatrixView& b, const SvdPlan& plan,
+             std::uint64_t seed, const SvdAllocate& allocate)
+      : CudaEngine(lent(context, b, plan, allocate), b, plan, seed, allocate) {}
+  Owned allocate(std::int64_t rows, std::int64_t cols) const {
+    Owned out{allocate_(static_cast<std::size_t>(rows * cols) * sizeof(T)), {}};
+    out.panel = {static_cast<T*>(out.memory.get()), rows, cols, cols};
+    return out;
+  }
+  // Buffers for another plan, with the first `used` columns of the basis.
+  void resize(const SvdPlan& plan, std::int64_t used) {
+    const Panel<T> old[] = {q(), x(), t()};
+    const std::shared_ptr<void> kept = memory_;
+    const Buffers<T> before = buffers_;
+    memory_ = lent(context_, b_, plan, allocate_).memory;
+    buffers_ = Buffers<T>(cuda::Arena(memory_.get()), plan, stored_);
+    plan_ = plan;
+    SM_LAUNCH(start_kernel, 1, 1, 0, context_.stream, buffers_.orth.state);
+    const Panel<T> now[] = {q(), x(), t()};
+    for (int i = 0; i < 3 && used > 0; ++i) copy(old[i].columns(0, used), now[i].columns(0, used));
+    if (plan.center) {
+      const std::int64_t n = rows_of_a(plan, stored_).cols;
+      copy(Panel<T>{before.mean.high, 1, n, n}, Panel<T>{buffers_.mean.high, 1, n, n});
+      copy(Panel<T>{before.mean.low, 1, n, n}, Panel<T>{buffers_.mean.low, 1, n, n});
+    }
+    const std::int64_t parts = 2 * measure_count(plan.tall * plan.small);
+    SM_LAUNCH(copy_kernel<double>, 1, kThreads, 0, context_.stream,
+              (Panel<double>{&before.of_a->scale, 1, parts, parts}),
+              (Panel<double>{&buffers_.of_a->scale, 1, parts, parts}));
+  }
+  double norm() const {
+    State state{};
+    cuda::read(context_.stream, &state, buffers_.orth.state, sizeof state);
+    const double norm = sum(buffers_.of_a, measure_count(plan_.tall * plan_.small));
+    if (!std::isfinite(norm))
+      throw LinAlgError("randomized_svd: A contains NaN or Inf, or its norm exceeds float64");
+    if (state.overflowed != 0)
+      throw LinAlgError("randomized_svd: a product with A exceeds the range of its type");
+    return norm;
+  }
+  double norm_of(Panel<T> y) {
+    SM_LAUNCH(measure_kernel<T>, measure_count(y.rows * y.cols), kThreads, 0, context_.stream,
+              y.data, y.rows, y.cols, y.stride, std::int64_t{1}, buffers_.of_t);
+    return sum(buffers_.of_t, measure_count(y.rows * y.cols));
+  }
+  // out <- Y^T Y / unit^2
+  void gram_of(Panel<T> y, double unit, double* out) {
+    const std::int64_t n = y.cols;
+    const double scale = 1 / std::max(unit, std::numeric_limits<double>::min());
+    SM_LAUNCH(scaled_gram_kernel<T>, static_cast<unsigned>(n * n), kThreads, 0, context_.stream, y,
+              scale, buffers_.orth.gram);
+    cuda::read(context_.stream, out, buffers_.orth.gram,
+               static_cast<std::size_t>(n * n) * sizeof(double));
+  }
+  std::vector<double> singular_values(std::int64_t count) const {
+    std::vector<T> found(static_cast<std::size_t>(count));
+    cuda::read(context_.stream, found.data(), buffers_.sigma, found.size() * sizeof(T));
+    return {found.begin(), found.end()};
+  }
+  void finish(const SvdPlan& plan, MatrixView u, VectorView s, MatrixView vh, SvdInfo* info) {
+    plan_ = plan;
+    info_ = info;
+    u_ = {static_cast<T*>(u.data), u.rows, u.cols, u.row_stride};
+    s_ = {static_cast<T*>(s.data), 1, s.size, s.size};
+    vh_ = {static_cast<T*>(vh.data), vh.rows, vh.cols, vh.row_stride};
+  }
+  void report(bool converged) {
+    SM_LAUNCH(report_kernel, 1, 1, 0, context_.stream, info_, converged);
+  }
+
  private:
+  struct Lent {
+    Context context;
+    std::shared_ptr<void> memory;
+  };
+  CudaEngine(Lent lent, const StridedMatrixView& b, const SvdPlan& plan, std::uint64_t seed,
+             const SvdAllocate& allocate)
+      : CudaEngine(lent.context, b, plan, seed, {}, {}, {}, nullptr) {
+    allocate_ = allocate;
+    memory_ = std::move(lent.memory);
+  }
+  static Lent lent(Context context, const StridedMatrixView& b, const SvdPlan& plan,
+                   const SvdAllocate& allocate) {
+    context.workspace_bytes = randomized_svd_workspace_cuda(b, plan);
+    std::shared_ptr<void> memory = allocate(context.workspace_bytes);
+    context.workspace = memory.get();
+    return {context, std::move(memory)};
+  }
+  double sum(const ScaledNorm* parts, unsigned count) const {
+    std::vector<ScaledNorm> found(count);
+    cuda::read(context_.stream, found.data(), parts, count * sizeof(ScaledNorm));
+    Norm all;
+    for (const ScaledNorm& part : found) all.add(Norm{part.scale, part.sum});
+    return all.value();
+  }
   template <class U>
   void cublas(bool trans_a, std::int64_t m, std::int64_t n, std::int64_t k, U alpha, const U* a,
               std::int64_t lda, const U* b, std::int64_t ldb, U beta, U* c, std::int64_t ldc) {
@@ -287,14 +431,19 @@ class CudaEngine {
     SM_LAUNCH(extremes_kernel<T>, dim3(tiles(y.cols, 32), slab_count(y.rows)), kThreads, 0,
               context_.stream, y, buffers_.extremes, buffers_.orth.state);
   }
-  // out <- rows first .. first + out.rows of a strided matrix
-  void gather(const StridedMatrixView& a, std::int64_t first, Panel<T> out) {
+  // The mean of A's rows, as what is subtracted from B or its transpose.
+  Shift<T> shift(bool transposed) const {
+    if (!plan_.center) return {};
+    return {buffers_.mean.high, buffers_.mean.low, plan_.swapped != transposed};
+  }
+  // out <- rows first .. first + out.rows of a strided matrix, less their share of `shift`
+  void gather(const StridedMatrixView& a, std::int64_t first, Panel<T> out, Shift<T> shift) {
     dispatch_dtype(a.dtype, [&](auto element) {
       using S = decltype(element);
       if constexpr (sizeof(S) <= sizeof(T))
         SM_LAUNCH((gather_kernel<S, T>), blocks_for(out.rows * out.cols), kThreads, 0,
                   context_.stream, static_cast<const S*>(a.data) + first * a.row_stride,
-                  a.row_stride, a.col_stride, out);
+                  a.row_stride, a.col_stride, out, shift, first);
     });
   }
   // y = op(S) x for the stored S
@@ -308,7 +457,7 @@ class CudaEngine {
     const std::int64_t height = stored_.panel_rows();
     for (std::int64_t first = 0; first < s.rows; first += height) {
       const std::int64_t rows = std::min(height, s.rows - first);
-      gather(s, first, {buffers_.converted, rows, s.cols, s.cols});
+      gather(s, first, {buffers_.converted, rows, s.cols, s.cols}, shift(stored_.transposed));
       if (transposed)
         cublas<T>(true, s.cols, y.cols, rows, 1, buffers_.converted, s.cols,
                   x.data + first * x.stride, x.stride, first > 0, y.data, y.stride);
@@ -319,13 +468,16 @@ class CudaEngine {
   }
 
   const Context context_;
-  const SvdPlan plan_;
+  SvdPlan plan_;
   const StridedMatrixView b_;
   const Stored stored_;
   const std::uint64_t seed_;
-  SvdInfo* const info_;
-  const Buffers<T> buffers_;
-  const Panel<T> u_, s_, vh_;
+  SvdInfo* info_;
+  Buffers<T> buffers_;
+  Panel<T> u_, s_, vh_;
+  std::array<std::int64_t, 2> vectors_{};  // of the small SVD: their length and their number
+  SvdAllocate allocate_;
+  std::shared_ptr<void> memory_;
 };
 
 }  // namespace
@@ -343,9 +495,24 @@ void randomized_svd_cuda(const Context& context, const StridedMatrixView& b, con
     decompose(float{});
 }
 
+std::unique_ptr<SvdSearch> svd_to_tolerance_cuda(const Context& context, const StridedMatrixView& b,
+                                                 const SvdPlan& plan, double rtol,
+                                                 const SvdOptions& options,
+                                                 const SvdAllocate& allocate) {
+  const auto search = [&](auto element) -> std::unique_ptr<SvdSearch> {
+    using Engine = CudaEngine<decltype(element)>;
+    const auto start = [&](const SvdPlan& first) {
+      return Engine(context, b, first, options.seed, allocate);
+    };
+    return std::make_unique<SvdToToleranceOf<Engine>>(plan, rtol, options, start);
+  };
+  return b.dtype == DType::f64 ? search(double{}) : search(float{});
+}
+
 std::size_t randomized_svd_workspace_cuda(const StridedMatrixView& b, const SvdPlan& plan) {
-  return b.dtype == DType::f64 ? Buffers<double>(nullptr, plan, Stored(b)).bytes
-                               : Buffers<float>(nullptr, plan, Stored(b)).bytes;
+  const Stored stored(b, plan.center);
+  return b.dtype == DType::f64 ? Buffers<double>(cuda::Arena(nullptr), plan, stored).bytes
+                               : Buffers<float>(cuda::Arena(nullptr), plan, stored).bytes;
 }
 
 void run_lanes_cuda(const Context& context, const SvdLanes& lanes,

@@ -16,5 +16,10 @@ void run_lanes_cuda(const Context&, const SvdLanes&,
                     const std::function<void(const Context&, std::int64_t)>&) {
   detail::fail("randomized_svd: structmat was built without CUDA");
 }
+std::unique_ptr<SvdSearch> svd_to_tolerance_cuda(const Context&, const StridedMatrixView&,
+                                                 const SvdPlan&, double, const SvdOptions&,
+                                                 const SvdAllocate&) {
+  detail::fail("randomized_svd: structmat was built without CUDA");
+}
 
 }  // namespace structmat

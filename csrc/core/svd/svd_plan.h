@@ -19,6 +19,7 @@ struct SvdPlan {
   std::int64_t probes;  // columns that measure what the basis leaves out
   bool complete;        // the basis is the whole space: the decomposition is exact
   bool narrow;          // blocks have fewer columns than the rank
+  bool center;          // of A less the mean of its rows
   constexpr std::int64_t basis() const { return block * (blocks - 1) + last; }
   constexpr std::int64_t stored() const { return basis() + probes; }
 };
@@ -68,6 +69,7 @@ inline SvdPlan plan_wide(std::int64_t m, std::int64_t n, const SvdOptions& optio
   plan.tall = std::max(m, n);
   plan.small = std::min(m, n);
   plan.swapped = m < n;
+  plan.center = options.center;
   plan.rank = options.rank;
   plan.sweeps = options.sweeps.value_or(kDefaultSweeps);
   plan.blocks = std::min(plan.sweeps / 2, kKrylovBlocks);

@@ -11,6 +11,10 @@ namespace structmat {
 struct Sweep {
   StridedMatrixView s;
   Norm* norm = nullptr;  // where wanted, grows by the norm of what was read
+  // Subtracted from S as it is read, where not null: one number per column, or per row of S. High
+  // part first, of the products' type: what is left has the rounding of its own size.
+  const void *high = nullptr, *low = nullptr;
+  bool of_rows = false;
 };
 
 // Z = S^T (S X), or S (S^T X) with `columns`, from one read of S, and the sums of its columns, with

@@ -63,7 +63,7 @@ void measure(const S* data, std::int64_t count, Norm& norm) {
 template <class S>
 class Tiles {
  public:
-  explicit Tiles(const Sweep& sweep) : s_(sweep.s) {}
+  explicit Tiles(const Sweep& sweep) : sweep_(sweep), s_(sweep.s) {}
 
   // The tile at (r0, c0) as panels of `height` rows; columns beyond it are left as they are.
   void pack(std::int64_t r0, std::int64_t c0, std::int64_t rows, std::int64_t cols,
@@ -77,6 +77,7 @@ class Tiles {
             const std::int64_t live = std::min(kPanel, cols - c);
             S* const out = to + c * height + i * kPanel;
             line(in + c * s_.col_stride, live, out);
+            if (sweep_.high != nullptr) subtract(r0 + i, c0 + c, live, out);
             if (norm != nullptr && live < kPanel) measure(out, live, *norm);
           }
         if (norm != nullptr)
@@ -106,6 +107,16 @@ class Tiles {
       convert(in, out, count);
   }
 
+  void subtract(std::int64_t row, std::int64_t col, std::int64_t count, S* out) const {
+    const S* const high = static_cast<const S*>(sweep_.high) + (sweep_.of_rows ? row : col);
+    const S* const low = static_cast<const S*>(sweep_.low) + (sweep_.of_rows ? row : col);
+    if (sweep_.of_rows)
+      for (std::int64_t c = 0; c < count; ++c) out[c] = (out[c] - *high) - *low;
+    else
+      for (std::int64_t c = 0; c < count; ++c) out[c] = (out[c] - high[c]) - low[c];
+  }
+
+  const Sweep& sweep_;
   const StridedMatrixView& s_;
 };
 

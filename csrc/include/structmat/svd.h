@@ -3,6 +3,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <optional>
 
 #include "structmat/context.h"
@@ -41,16 +43,18 @@ struct SvdOptions {
   // work and neither this nor `oversample` is given.
   std::optional<std::int64_t> sweeps;
   std::uint64_t seed = 0;
+  bool center = false;  // of A less the mean of its rows, which is not formed
 };
 
-// Facts about a decomposition; they lie where the matrices lie. All are doubles so that they can be
-// one tensor.
+// Facts about a decomposition of A, with `center` of the centred one; they lie where the matrices
+// lie. All are doubles so that they can be one tensor.
 struct SvdInfo {
   double error;   // estimate of ||A - U S Vh||_F / ||A||_F
   double norm;    // ||A||_F
   double rank;    // singular values above max(m, n) eps S[0], at most the rank asked for
   double sweeps;  // passes over A made, those of a second try included
   double finite;  // 1; 0 where A holds NaN or Inf or a product overflowed: then U, S and Vh are NaN
+  double converged = 1;  // 0 where a tolerance was not met for certain
 };
 
 // A (m, n) ~ U diag(S) Vh: U (m, k), S (k,) descending, Vh (k, n), all of A's type, float32 for
@@ -61,11 +65,47 @@ STRUCTMAT_API void randomized_svd(const Context& context, const StridedMatrixVie
                                   MatrixView vh, SvdInfo* info);
 
 // Device memory the call above asks for, in bytes: O((m + n) l + l^2) for a basis of l columns,
-// twice rank + oversample; 32 MB for cuBLAS; 2^24 numbers, or a row, where A is 16-bit or has two
-// strides.
+// twice rank + oversample; 32 MB for cuBLAS; 2^24 numbers, or a row, where A is 16-bit, has two
+// strides or is centred.
 STRUCTMAT_API std::size_t randomized_svd_workspace(const Context& context,
                                                    const StridedMatrixView& a,
                                                    const SvdOptions& options);
+
+// `bytes` of memory of the context's device, aligned to 256, that live as long as the pointer. The
+// last one may go while work enqueued before that uses them: freed in the order of the stream.
+using SvdAllocate = std::function<std::shared_ptr<void>(std::size_t bytes)>;
+
+class SvdSearch;
+
+// The decomposition of the least rank, up to a tenth more, whose error is at most
+// `rtol` ||A||_F (0 < rtol < 1) for certain: `info->converged` is 0, and the rank that of all that
+// was found, where rounding or `options.sweeps` forbid it. `options.rank` is 0.
+//
+//   structmat::SvdToTolerance found(context, a, 0.01);
+//   std::vector<float> u(m * found.rank()), s(found.rank()), vh(found.rank() * n);
+//   found.factors({u.data(), m, found.rank()}, ...);
+//
+// The constructor does the work; A is not looked at after it. Its memory on the CPU is its own, on
+// a GPU what `allocate` gives: as `randomized_svd` needs for a basis of three times the rank found,
+// or of min(m, n). On a GPU it waits for the device after each pair of passes, and so cannot be
+// captured in a graph. NaN or Inf in A throw LinAlgError there too.
+class STRUCTMAT_API SvdToTolerance {
+ public:
+  SvdToTolerance(const Context& context, const StridedMatrixView& a, double rtol,
+                 const SvdOptions& options = {}, const SvdAllocate& allocate = {});
+  SvdToTolerance(SvdToTolerance&&) noexcept;
+  SvdToTolerance& operator=(SvdToTolerance&&) noexcept;
+  ~SvdToTolerance();
+
+  std::int64_t rank() const;
+  // U (m, rank), S (rank,), Vh (rank, n) and the facts, as randomized_svd gives them; on a GPU
+  // enqueued.
+  void factors(MatrixView u, VectorView s, MatrixView vh, SvdInfo* info);
+
+ private:
+  StridedMatrixView a_;
+  std::unique_ptr<SvdSearch> search_;
+};
 
 // The arguments of one decomposition of many, of any shape, type and rank.
 struct SvdProblem {

@@ -2,14 +2,13 @@
 """What :func:`randomized_svd` accepts besides dense tensors of one process."""
 
 import operator
-from numbers import Real
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .svd import _DTYPES, check_integer, check_options
+from .svd import _DTYPES, check_integer, check_options, check_target
 
 _OP = "randomized_svd"
 
@@ -26,18 +25,10 @@ def check(
 ) -> None:
     if rank is not None:
         check_integer("rank", rank)
-    check_options(oversample, sweeps, seed)
-    if rtol is not None and (not isinstance(rtol, Real) or isinstance(rtol, bool)):
-        raise TypeError(f"{_OP}: rtol must be a number, got {type(rtol).__name__}")
-    if not isinstance(center, bool):
-        raise TypeError(f"{_OP}: center must be a bool, got {type(center).__name__}")
-    if (rank is None) == (rtol is None):
-        both = "neither" if rank is None else "both"
-        raise ValueError(f"{_OP}: wanted one of rank and rtol, got {both}")
+    check_options(oversample, sweeps, seed, center)
+    check_target(rank, rtol)
     if rank is not None and rank < 1:
         raise ValueError(f"{_OP}: rank is {rank}, wanted at least 1")
-    if rtol is not None and not 0 < rtol < 1:
-        raise ValueError(f"{_OP}: rtol is {rtol}, wanted more than 0 and less than 1")
     if isinstance(A, Tensor):
         _check_tensor(A, group)
     else:

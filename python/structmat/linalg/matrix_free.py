@@ -290,8 +290,8 @@ class _Basis:
 
 
 def info(error: float, norm: float, rank: int, sweeps: int, converged: bool) -> SVDInfo:
-    facts = torch.tensor([error, norm, rank, sweeps, 1.0], dtype=torch.float64, device="cpu")
-    return SVDInfo(facts, converged)
+    facts = [error, norm, rank, sweeps, 1.0, float(converged)]
+    return SVDInfo(torch.tensor(facts, dtype=torch.float64, device="cpu"))
 
 
 def _fixed_rank(

@@ -393,5 +393,5 @@ def _(
     return (
         buffer.new_empty((rank,), dtype=dtype),
         buffer.new_empty((rank, buffer.shape[1]), dtype=dtype),
-        buffer.new_empty((5,), dtype=torch.float64),
+        buffer.new_empty((6,), dtype=torch.float64),
     )

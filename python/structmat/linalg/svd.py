@@ -4,6 +4,7 @@
 import math
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +35,10 @@ class SVDInfo:
         (3, 2, True)
     """
 
-    def __init__(self, facts: Tensor, converged: bool = True) -> None:
-        # error, norm, rank, sweeps, finite along the last dimension: SvdInfo of structmat/svd.h
-        self._facts, self._converged = facts, converged
+    def __init__(self, facts: Tensor) -> None:
+        # error, norm, rank, sweeps, finite, converged along the last dimension: SvdInfo of
+        # structmat/svd.h
+        self._facts = facts
 
     @property
     def error(self) -> Any:
@@ -53,10 +55,8 @@ class SVDInfo:
 
     @property
     def converged(self) -> Any:
-        batch = self._facts.shape[:-1]
-        if not batch:
-            return self._converged
-        return torch.full(batch, self._converged, device=self._facts.device)
+        converged = self._facts[..., 5] != 0
+        return converged if converged.dim() else bool(converged)
 
     def _count(self, fact: int) -> Any:
         value = self._facts[..., fact]
@@ -176,10 +176,11 @@ def randomized_svd(
             more passes divide the excess by about 7. Where the basis nearly fills the smaller
             dimension the result is exact and takes 2. With ``rtol`` a bound.
         center: subtract the mean of the rows, the columns' means, without forming ``A - mean``.
+            The mean of dense ``A`` leaves as numbers are read, so that nothing is lost where it is
+            far larger than what is left.
         seed: of the random columns, 0 to 2^63 - 1, the same for every matrix. The same inputs give
             the same bits for any number of threads, in a batch or list as in a call of their own
-            (dense ``A`` with a rank and without `center`; the rest, and the gradients of U and
-            Vh, use torch's products).
+            (dense ``A``; the rest, and the gradients of U and Vh, use torch's products).
         group: a ``torch.distributed`` process group; each rank gives its rows of ``A`` and gets
             its rows of ``U``.
 
@@ -205,7 +206,8 @@ def randomized_svd(
             or captured graph there is no exception: the result is NaN.
         RuntimeError: under ``torch.func`` transforms and forward-mode differentiation, for second
             derivatives, for gradients of U and Vh while a CUDA graph is captured, and for an ``A``
-            that requires grad where it is not dense or `rtol`, `center` or `group` is given.
+            that requires grad where it is not dense or `group` is given. With `rtol` on CUDA while
+            a graph is captured: the rank is not known before the host has looked.
 
     U, S and Vh have gradients, those of the exact truncated decomposition at the vectors found:
     they are as accurate as these, so that slowly falling singular values ask for more sweeps. With
@@ -219,9 +221,11 @@ def randomized_svd(
     Cost: ``2 m n b`` FLOPs a sweep, ``b = rank + oversample`` or, with narrower blocks, about 3/8
     of the rank, and ``O((m + n) l^2 + l^3)`` for a basis of ``l``, about twice the rank. Memory
     beyond ``A``: ``(m + 2 n) l`` numbers for ``m >= n``; on the CPU up to ``m b`` more for sums, on
-    CUDA ``m b + 24 l^2`` float64 numbers, 32 MB for cuBLAS and, where ``A`` is 16-bit or has two
-    strides, 64 or 128 MB to convert it in parts. On the CPU the matrices of a batch or list run
-    side by side, one thread each, and each running one takes this memory.
+    CUDA ``m b + 24 l^2`` float64 numbers, 32 MB for cuBLAS and, where ``A`` is 16-bit, has two
+    strides or is centred, 64 or 128 MB to convert it in parts. On the CPU the matrices of a batch
+    or list run side by side, one thread each, and each running one takes this memory. With `rtol`
+    ``4 m n l`` FLOPs: two passes for a basis of 48, 10 for 320, 16 for 608, from three times the
+    rank (ranks to 16) down to 1.3 times (large ones); while it grows, up to three times its memory.
 
     The gradient of S alone is ``U diag(dS) Vh``. That of vectors takes 9 passes over ``A`` with as
     many columns as have a gradient (at least 8), and two more a step with those not yet solved, up
@@ -246,25 +250,27 @@ def randomized_svd(
         >>> [tuple(result.U.shape) for result in sm.linalg.randomized_svd(layers, 4)]
         [(64, 4), (32, 4)]
     """
-    of_core = rtol is None and center is False and group is None
     if not isinstance(A, Tensor) and isinstance(A, Sequence):
-        if of_core and all(map(_is_dense, A)):
-            check_options(oversample, sweeps, seed)
-            return _of_list(list(A), rank, oversample, sweeps, seed)
+        if rtol is None and group is None and all(map(_is_dense, A)):
+            check_options(oversample, sweeps, seed, center)
+            return _of_list(list(A), rank, oversample, sweeps, seed, center)
         more: dict[str, Any] = {"rtol": rtol, "center": center, "group": group, "seed": seed}
         more |= {"oversample": oversample, "sweeps": sweeps}
         ranks = _ranks(rank, len(A))
         return [_of_item(i, a, k, more) for i, (a, k) in enumerate(zip(A, ranks, strict=True))]
-    if _is_dense(A) and A.dim() > 2 and not of_core:
-        return _of_batch(A, rank, rtol, oversample, sweeps, center, seed, group)
-    if not of_core or rank is None or not _is_dense(A):
+    if group is not None or not _is_dense(A):
         from .matrix_free import randomized_svd as matrix_free_svd
 
         number: Any = rank  # matrix_free refuses a sequence
         return matrix_free_svd(A, number, rtol, oversample, sweeps, center, seed, group)
-    check_options(oversample, sweeps, seed)
-    _check(A, rank)
-    U, S, Vh, facts = torch.ops.structmat.randomized_svd.default(A, rank, oversample, sweeps, seed)
+    check_options(oversample, sweeps, seed, center)
+    if rtol is not None or rank is None:
+        return _to_tolerance(A, rank, rtol, oversample, sweeps, seed, center)
+    _check(A)
+    _check_rank(A, rank)
+    U, S, Vh, facts = torch.ops.structmat.randomized_svd.default(
+        A, rank, oversample, sweeps, seed, center
+    )
     _require_finite(A, facts)
     return _result(U, S, Vh, facts)
 
@@ -290,29 +296,40 @@ def _ranks(rank: Any, count: int) -> list[Any]:
     return ranks
 
 
-def _of_batch(A: Tensor, rank: Any, rtol: float | None, *options: Any) -> SVDResult:
-    """A batch with options that the core does not have, matrix by matrix."""
-    if rtol is not None:
+def _to_tolerance(
+    A: Tensor,
+    rank: Any,
+    rtol: Any,
+    oversample: int | None,
+    sweeps: int | None,
+    seed: int,
+    center: bool,
+) -> SVDResult:
+    """Of one dense matrix, to the least rank for which the error is at most rtol."""
+    check_target(rank, rtol)
+    _check(A)
+    if A.dim() > 2:
         raise ValueError(f"{_OP}: with rtol every matrix has a rank of its own; wanted list(A)")
-    if A.numel() == 0:
-        raise ValueError(f"{_OP}: A is empty, shape {tuple(A.shape)}")
-    from .matrix_free import randomized_svd as matrix_free_svd
-
-    found = [matrix_free_svd(a, rank, rtol, *options) for a in A.reshape(-1, *A.shape[-2:])]
-    batch = A.shape[:-2]
-    factors = [torch.stack(f).reshape(*batch, *f[0].shape) for f in zip(*found, strict=True)]
-    facts = torch.stack([result.info._facts for result in found])
-    U, S, Vh = factors
-    return _result(U, S, Vh, facts.reshape(*batch, -1))
+    U, S, Vh, facts = torch.ops.structmat.randomized_svd_to_tolerance.default(
+        A, float(rtol), oversample, sweeps, seed, center
+    )
+    _require_finite(A, facts)
+    return _result(U, S, Vh, facts)
 
 
 def _of_list(
-    A: list[Tensor], rank: Any, oversample: int | None, sweeps: int | None, seed: int
+    A: list[Tensor],
+    rank: Any,
+    oversample: int | None,
+    sweeps: int | None,
+    seed: int,
+    center: bool,
 ) -> list[SVDResult]:
     ranks = _ranks(rank, len(A))
     each = isinstance(rank, Sequence)
     for i, (a, k) in enumerate(zip(A, ranks, strict=True)):
-        _check(a, k, f"A[{i}]", f"rank[{i}]" if each else "rank")
+        _check(a, f"A[{i}]")
+        _check_rank(a, k, f"A[{i}]", f"rank[{i}]" if each else "rank")
         if a.dim() != 2:
             raise ValueError(f"{_OP}: A[{i}] must have 2 dimensions in a list, got {a.dim()}")
         if a.device != A[0].device:
@@ -320,7 +337,7 @@ def _of_list(
     if not A:
         return []
     *factors, facts = torch.ops.structmat.randomized_svd_list.default(
-        A, ranks, oversample, sweeps, seed
+        A, ranks, oversample, sweeps, seed, center
     )
     _require_finite(A, facts)
     results = [_result(*one) for one in zip(*factors, facts.unbind(), strict=True)]
@@ -358,8 +375,8 @@ def _require_finite(A: Tensor | list[Tensor], facts: Tensor) -> None:
     raise torch.linalg.LinAlgError(f"{_OP}: {reason}")  # type: ignore[attr-defined]
 
 
-def _check(A: Any, rank: Any, name: str = "A", rank_name: str = "rank") -> None:
-    """Raises for a matrix, a batch or a rank that the operator does not take."""
+def _check(A: Any, name: str = "A") -> None:
+    """Raises for a matrix or a batch that the operators do not take."""
     if not isinstance(A, Tensor):
         raise TypeError(f"{_OP}: {name} must be a tensor, got {type(A).__name__}")
     if A.layout != torch.strided:
@@ -372,6 +389,9 @@ def _check(A: Any, rank: Any, name: str = "A", rank_name: str = "rank") -> None:
         raise ValueError(f"{_OP}: {name} is empty, shape {tuple(A.shape)}")
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError(f"{_OP}: there is no rule for torch.func transforms and forward mode")
+
+
+def _check_rank(A: Tensor, rank: Any, name: str = "A", rank_name: str = "rank") -> None:
     check_integer(rank_name, rank)
     if not 1 <= rank <= min(A.shape[-2:]):
         raise ValueError(
@@ -380,7 +400,19 @@ def _check(A: Any, rank: Any, name: str = "A", rank_name: str = "rank") -> None:
         )
 
 
-def check_options(oversample: Any, sweeps: Any, seed: Any) -> None:
+def check_target(rank: Any, rtol: Any) -> None:
+    if rtol is not None and (not isinstance(rtol, Real) or isinstance(rtol, bool)):
+        raise TypeError(f"{_OP}: rtol must be a number, got {type(rtol).__name__}")
+    if (rank is None) == (rtol is None):
+        both = "neither" if rank is None else "both"
+        raise ValueError(f"{_OP}: wanted one of rank and rtol, got {both}")
+    if rtol is not None and not 0 < float(rtol) < 1:
+        raise ValueError(f"{_OP}: rtol is {rtol}, wanted more than 0 and less than 1")
+
+
+def check_options(oversample: Any, sweeps: Any, seed: Any, center: Any) -> None:
+    if not isinstance(center, bool):
+        raise TypeError(f"{_OP}: center must be a bool, got {type(center).__name__}")
     for name, value in (("seed", seed), ("oversample", oversample), ("sweeps", sweeps)):
         if value is not None or name == "seed":
             check_integer(name, value)
@@ -408,22 +440,40 @@ def check_integer(name: str, value: Any) -> None:
 
 @torch.library.register_fake("structmat::randomized_svd")
 def _(
-    A: Tensor, rank: int, oversample: int | None, sweeps: int | None, seed: int
+    A: Tensor,
+    rank: int,
+    oversample: int | None,
+    sweeps: int | None,
+    seed: int,
+    center: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    facts = A.new_empty((*A.shape[:-2], 5), dtype=torch.float64)
+    facts = A.new_empty((*A.shape[:-2], 6), dtype=torch.float64)
     return *_factors_like(A, rank), facts
+
+
+@torch.library.register_fake("structmat::randomized_svd_to_tolerance")
+def _(
+    A: Tensor, rtol: float, oversample: int | None, sweeps: int | None, seed: int, center: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rank = torch.library.get_ctx().new_dynamic_size(min=1)
+    return *_factors_like(A, rank), A.new_empty((6,), dtype=torch.float64)
 
 
 @torch.library.register_fake("structmat::randomized_svd_list")
 def _(
-    A: list[Tensor], rank: list[int], oversample: int | None, sweeps: int | None, seed: int
+    A: list[Tensor],
+    rank: list[int],
+    oversample: int | None,
+    sweeps: int | None,
+    seed: int,
+    center: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
     U, S, Vh = zip(*map(_factors_like, A, rank), strict=True)
-    facts = A[0].new_empty((len(A), 5), dtype=torch.float64)
+    facts = A[0].new_empty((len(A), 6), dtype=torch.float64)
     return list(U), list(S), list(Vh), facts
 
 
-def _factors_like(A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _factors_like(A: Tensor, rank: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
     *batch, m, n = A.shape
     return (

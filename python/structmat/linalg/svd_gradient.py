@@ -272,14 +272,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], *output[:3])
-    ctx.arguments = len(inputs)
+    ctx.arguments, ctx.center = len(inputs), inputs[5]
 
 
 def _backward(
     ctx: Any, dU: Tensor | None, dS: Tensor | None, dVh: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
     A, U, S, Vh = ctx.saved_tensors
-    dA = torch.ops.structmat.randomized_svd_backward(A, U, S, Vh, dU, dS, dVh, False)
+    dA = torch.ops.structmat.randomized_svd_backward(A, U, S, Vh, dU, dS, dVh, ctx.center)
     return dA, *[None] * (ctx.arguments - 1)
 
 
@@ -287,14 +287,14 @@ def _save_list(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> No
     ctx.set_materialize_grads(False)
     ctx.count = len(inputs[0])
     ctx.save_for_backward(*inputs[0], *(t for factor in output[:3] for t in factor))
-    ctx.arguments = len(inputs)
+    ctx.arguments, ctx.center = len(inputs), inputs[5]
 
 
 def _backward_list(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     saved, count = ctx.saved_tensors, ctx.count
     A, factors = saved[:count], [saved[i * count : (i + 1) * count] for i in (1, 2, 3)]
     dA = [
-        torch.ops.structmat.randomized_svd_backward(*one, False) if a.requires_grad else None
+        torch.ops.structmat.randomized_svd_backward(*one, ctx.center) if a.requires_grad else None
         for a, one in zip(A, zip(A, *factors, *grads[:3], strict=True), strict=True)
     ]
     return dA, *[None] * (ctx.arguments - 1)
@@ -305,6 +305,9 @@ def _no_second(ctx: Any, _: Tensor) -> None:
 
 
 torch.library.register_autograd("structmat::randomized_svd", _backward, setup_context=_save)
+torch.library.register_autograd(
+    "structmat::randomized_svd_to_tolerance", _backward, setup_context=_save
+)
 torch.library.register_autograd("structmat::randomized_svd_backward", _no_second)
 torch.library.register_autograd(
     "structmat::randomized_svd_list", _backward_list, setup_context=_save_list

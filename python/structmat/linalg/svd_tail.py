@@ -174,13 +174,13 @@ def _steps_left(before: float, now: float, tolerance: float, step: int) -> float
 
 
 def _facts(R: Tensor, S: Tensor, residual: Tensor, steps: int, longest: int) -> Tensor:
-    """error, norm, rank, sweeps, finite: SvdInfo of structmat/svd.h."""
+    """error, norm, rank, sweeps, finite, converged: SvdInfo of structmat/svd.h."""
     wide = R.double()
     norm = wide.norm()
     bound = longest * torch.finfo(R.dtype).eps * wide.norm(dim=0).amax()
     error = residual / norm if float(norm) > 0 else norm
     count = (bound < S).sum().double()
-    return torch.stack([error, norm, count, S.new_tensor(float(steps)), S.new_tensor(1.0)])
+    return torch.stack([error, norm, count, S.new_tensor(float(steps)), *S.new_ones(2)])
 
 
 def _check(A: Any, rank: int, oversample: int | None, seed: int) -> int:
