@@ -22,8 +22,8 @@ def step(A: torch.Tensor, k: int, args: Any, roofline: Roofline) -> dict[str, An
     X = torch.randn(n, block_of(k), device=A.device)
     found = measure(
         {
-            "5 sweeps": lambda: torch.ops.structmat.randomized_svd(A, k, None, 5, 0),
-            "9 sweeps": lambda: torch.ops.structmat.randomized_svd(A, k, None, 9, 0),
+            "5 sweeps": lambda: torch.ops.structmat.randomized_svd(A, k, None, 5, 0, False),
+            "9 sweeps": lambda: torch.ops.structmat.randomized_svd(A, k, None, 9, 0, False),
             "product": lambda: A.float() @ X,
         },
         args.device,

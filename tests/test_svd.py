@@ -266,7 +266,7 @@ def test_copies_that_narrow_blocks_hide(tail):
         _, S, _ = result = sm.linalg.randomized_svd((left * sigma) @ right.T, rank)
         torch.testing.assert_close(S[:64], torch.ones(64, dtype=S.dtype), rtol=1e-3, atol=0)
         torch.testing.assert_close(S[64:], sigma[64:rank], rtol=0.15, atol=1e-12)
-        assert result.info.sweeps in (8, 10, 13, 15)  # 5 more where the result was not trusted
+        assert result.info.sweeps in (9, 10, 14, 15)  # 5 more where the result was not trusted
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])

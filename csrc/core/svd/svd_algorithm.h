@@ -53,7 +53,8 @@ class SvdAlgorithm {
     e.small_svd(x, t, plan.rank);  // R = X^T T = P S W^T
     // Jacobi's iteration divides by singular values, which leaves out the vectors of zeros.
     for (const Panel<T>& y : e.rough_vectors()) orthonormalize(y, {}, kOrthPasses);
-    if (plan.probes > 0) e.measure_outside(q.columns(plan.basis(), plan.probes), q);
+    if (plan.probes > 0 && e.asks_outside())
+      e.measure_outside(q.columns(plan.basis(), plan.probes), q);
     e.factors(q, x);  // U, S, Vh and info
   }
 

@@ -90,9 +90,12 @@ class CpuEngine {
     check_in_range(orth_->orthonormalize(y, y, before, passes > 1 ? kMaxOrthPasses : 1, stream));
   }
 
+  // Whether the energy does not tell what the basis misses.
+  bool asks_outside() const {
+    return !(missed<T>(plan_.tall, captured_.value() / norm_.value()) >= 0);
+  }
   // The root mean square over columns of y = B G of || (I - Q Q^T) y ||.
   void measure_outside(Panel<T> y, Panel<T> q) {
-    if (missed<T>(plan_.tall, captured_.value() / norm_.value()) >= 0) return;  // as the energy tells it
     const auto c = scratch<T>(q.cols * y.cols);
     orth_->inner(q, y, c.get(), y.cols);
     std::vector<Norm> norms(static_cast<std::size_t>(ceil_div(y.rows, kTile)));

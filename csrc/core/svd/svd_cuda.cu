@@ -258,6 +258,7 @@ class CudaEngine {
   }
 
   // y <- (I - Q Q^T) y for y = B G, and its norm.
+  static constexpr bool asks_outside() { return true; }  // the host does not know
   void measure_outside(Panel<T> y, Panel<T> q) {
     project(y, q, 0);
     SM_LAUNCH(measure_kernel<T>, measure_count(y.rows * y.cols), kThreads, 0, context_.stream,

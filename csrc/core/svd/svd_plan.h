@@ -37,29 +37,28 @@ inline std::int64_t default_oversample(std::int64_t rank) {
 }
 
 // More passes with narrower blocks need fewer products with A for the same error: with singular
-// values i^-1/2 and rank 128 of 4096, four blocks of 48 columns and one of 40 are 464 products of a
-// column for an excess of 7.0e-3, five passes with 144 are 720 for 4.4e-3, torch's six with 138 are
-// 828 for 7.3e-3. Below 32 columns reading A costs more than that saves. A narrow block misses
-// singular values repeated more often than it is wide; `hides_copies` sees that in the result.
+// values i^-1/2 and rank 128 of 4096, five blocks of 48 columns are 480 products of a column for an
+// excess of 6.1e-3, five passes with 144 are 720 for 4.4e-3, torch's six with 138 are 828 for
+// 7.3e-3. Below 32 columns reading A costs more than that saves. A narrow block misses singular
+// values repeated more often than it is wide; `hides_copies` sees that in the result.
 inline void narrow(SvdPlan& plan) {
   const std::int64_t block = (3 * plan.rank + 127) / 128 * 16;
   if (block < 32) return;
-  // Least bases, in 1/64 of the rank, that keep the excess below torch's at singular values i^-1/4,
-  // i^-1/2 and 1/i, ranks 50 to 256, sizes 384 to 4096; smaller ones do for small matrices. An odd
-  // number of sweeps begins with the cheap product of a sparse random matrix, in an even one the
-  // first of the others is that.
-  const struct {
-    std::int64_t sweeps, basis;
-  } plans[] = {{8, plan.small > 12 * plan.rank ? 144 : 128}, {9, 124}, {10, 118}, {11, 104}};
-  for (const auto& [sweeps, least] : plans) {
-    const std::int64_t blocks = sweeps / 2;
-    if (64 * block * blocks < least * plan.rank || block * blocks >= plan.small) continue;
+  // With the least bases, in 1/64 of the rank, that keep the excess at 0.4 to 0.9 of torch's at
+  // singular values i^-1/4, i^-1/2 and 1/i, ranks 50 to 128, sizes 384 to 4096. Steps before the
+  // blocks let the basis, and with it the small decomposition, be smaller for as many products.
+  constexpr struct {
+    std::int64_t sweeps, blocks, basis;
+  } plans[] = {{8, 3, 118}, {9, 3, 96}, {10, 4, 118}, {10, 5, 118}};
+  for (const auto& [sweeps, blocks, least] : plans) {
+    const std::int64_t basis = block * blocks;
+    if (64 * basis < least * plan.rank || basis >= plan.small) continue;
     plan.block = plan.last = block;
     plan.blocks = blocks;
     plan.sweeps = sweeps;
     plan.narrow = true;
     // Probes and the last block fill the vectors of a block where its columns can be spared.
-    if (64 * (block * blocks - plan.probes) >= least * plan.rank) plan.last -= plan.probes;
+    if (64 * (basis - plan.probes) >= least * plan.rank) plan.last -= plan.probes;
     return;
   }
 }

@@ -50,7 +50,7 @@ class SvdToToleranceOf final : public SvdSearch {
   void factors(MatrixView u, VectorView s, MatrixView vh, SvdInfo* info) override {
     SvdPlan plan = plan_;
     plan.rank = rank_;
-    plan.block = have_;
+    plan.block = plan.last = have_;
     plan.blocks = 1;
     plan.sweeps = sweeps_;
     const Panel<T> q = e.q().columns(0, have_);
@@ -98,7 +98,8 @@ class SvdToToleranceOf final : public SvdSearch {
     } else {
       e.copy(t.columns(have_ - last_, last_), xj.columns(0, last_));
       e.sketch(xj.columns(last_, kFreshWidth), kFreshStream + static_cast<std::uint32_t>(blocks_));
-      orthonormalize(xj, x.columns(0, have_), 1);
+      // As in svd_algorithm.h: the first block is Gaussian, and one block back is enough.
+      orthonormalize(xj, blocks_ > 1 ? x.columns(have_ - last_, last_) : Panel<T>{}, 1);
       e.multiply(xj, qj);
     }
     orthonormalize(qj, q.columns(0, have_), kOrthPasses);
