@@ -59,9 +59,10 @@ class Gesvdr:
             return Uh.T, S, V.T
         m, n = A.shape
         columns = A.T.clone(memory_format=torch.contiguous_format)  # by columns; it is overwritten
-        U, S, V = A.new_empty(k, m), A.new_empty(k), A.new_empty(k, n)  # U and V by columns
         kind = CUDA_TYPES[A.dtype]
         p = min(oversample, n - k - 1)
+        # U and V by columns; with room for all that it computes, as k are not said to be enough.
+        U, S, V = A.new_empty(k + p, m), A.new_empty(k + p), A.new_empty(k + p, n)
         shape = (self.handle, self.params, ord("S"), ord("S"), m, n, k, p, power_steps)
         operands = (
             *(kind, columns.data_ptr(), m),
@@ -87,4 +88,4 @@ class Gesvdr:
         )
         if int(info) != 0:  # waits: the host's work space must live until then
             raise RuntimeError(f"cusolverDnXgesvdr: info is {int(info)}")
-        return U.T, S, V
+        return U[:k].T, S[:k], V[:k]

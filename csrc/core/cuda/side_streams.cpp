@@ -42,7 +42,7 @@ int current_device() {
 }
 
 // A stream that took part in a capture belongs to it until that ends, whoever began it: work of
-// another call would end up in its graph.
+// another call would end up in its graph. (Each call within one capture thus makes streams anew.)
 bool is_free(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream_of(stream), &status), "cudaStreamIsCapturing");
@@ -82,11 +82,11 @@ SideStreams::SideStreams(void* main, int count) : main_(main) {
 }
 
 void SideStreams::join() {
-  joined_ = true;
   for (void* side : side_) {
     check(cudaEventRecord(event_of(event_), stream_of(side)), "cudaEventRecord");
     check(cudaStreamWaitEvent(stream_of(main_), event_of(event_), 0), "cudaStreamWaitEvent");
   }
+  joined_ = true;  // where a join fails the destructor tries again, and keeps what cannot be joined
 }
 
 SideStreams::~SideStreams() {
