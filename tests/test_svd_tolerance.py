@@ -328,3 +328,31 @@ def test_compile_of_centring(backend):
     A = torch.randn(20, 30, device=backend.device)
     compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(A), product(A))
+
+
+@pytest.mark.parametrize("rtol", [0.1, 0.05])
+def test_facts_of_several_blocks(rtol):
+    """Bases of two to five blocks: the facts cover all of their singular values."""
+    i = torch.arange(1, 401, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(n, 400, dtype=torch.float64)).Q for n in (600, 400))
+    for power in (0.7, 1.0):
+        A = (left * i**-power) @ right.T
+        U, S, Vh = result = svd(A, rtol=rtol)
+        error = ((A - (U * S) @ Vh).norm() / A.norm()).item()
+        assert error / 1.25 <= result.info.error <= 1.25 * error
+        assert error <= rtol
+        assert result.info.rank == len(S)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (4, 9), (9, 5), (8, 20)])
+def test_gradients_where_centring_takes_the_last_value(shape):
+    """Of m <= n rows less their mean the last singular vector on the left is that of ones."""
+    A, W = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    A.requires_grad_()
+    k = min(shape)
+    U, S, Vh = svd(A, k, center=True)
+    found = torch.autograd.grad(((U * S) @ Vh * W).sum(), A)[0]
+    torch.testing.assert_close(found, W - W.mean(0), rtol=1e-10, atol=1e-12)
+    found = torch.autograd.grad(svd(A, k, center=True).S[: k - 1].sum(), A)[0]
+    wanted = torch.autograd.grad(torch.linalg.svdvals(A - A.mean(0))[: k - 1].sum(), A)[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of a strided matrix S with a sparse random sign matrix R: Y = S R or Z = S^T R. Each row
-// of R has four entries +-1, one in each quarter of its columns (the block construction of Nelson
-// and Nguyen, FOCS 2013, "OSNAP"). As the start of a block Krylov space it does what a Gaussian one
-// does, for four additions an entry of S in place of one product a column: reading S is what it
-// costs.
+// Products of a strided matrix S with a sparse random matrix R: Y = S R or Z = S^T R. Each row of R
+// has four entries, one in each quarter of its columns (the block construction of Nelson and
+// Nguyen, FOCS 2013, "OSNAP"), uniform in +-[1/2, 3/2): signs alone would make two rows in 2048
+// parallel, for 16 columns, and a Krylov space from there would never tell those two coordinates
+// apart. Reading S is what the product costs.
 //
 // Tiles of S are packed as for dense products. Rows of a panel, its columns for S R, are added to
 // the sums of the columns of R that take them; those lists are made once, by tiles of R.
@@ -20,75 +20,82 @@ namespace {
 constexpr std::int64_t kEntries = 4;  // of a row of R
 constexpr std::int64_t kTileRows = kPanel;
 
-// By tile of kTileRows rows of R and by column: the rows with +1, then those with -1.
+// R by tiles of kTileRows rows: for each column the rows with an entry there, and the entries.
+template <class S>
 class Lists {
  public:
   Lists(const Context& context, std::int64_t rows, std::int64_t cols, std::uint64_t seed)
       : cols_(cols) {
     const std::int64_t tiles = ceil_div(rows, kTileRows);
-    rows_.resize(static_cast<std::size_t>(tiles * kTileRows * kEntries));
-    ends_.resize(static_cast<std::size_t>(tiles * 2 * cols));
+    rows_.resize(static_cast<std::size_t>(tiles * kTileEntries));
+    entries_.resize(static_cast<std::size_t>(tiles * kTileEntries));
+    ends_.resize(static_cast<std::size_t>(tiles * cols));
     parallel_for(context, tiles, [&](std::int64_t tile) { fill(tile, rows, seed); });
   }
 
-  // sums[c sums_stride ..] += the rows of a panel (kPanel numbers each) that column c takes.
-  template <class S>
+  // sums[c sums_stride ..] += the rows of a panel (kPanel numbers each) times column c's entries.
   void add(std::int64_t tile, const S* panel, S* sums, std::int64_t sums_stride,
            Ahead& ahead) const {
     constexpr int w = kLanes<S>, vecs = kPanel / w;
-    const Entry* row = &rows_[static_cast<std::size_t>(tile * kTileRows * kEntries)];
-    const Entry* end = &ends_[static_cast<std::size_t>(tile * 2 * cols_)];
-    const Entry* const base = row;
+    const std::uint8_t* const rows = &rows_[static_cast<std::size_t>(tile * kTileEntries)];
+    const S* const entries = &entries_[static_cast<std::size_t>(tile * kTileEntries)];
+    const std::uint8_t* const ends = &ends_[static_cast<std::size_t>(tile * cols_)];
+    int i = 0;
     for (std::int64_t c = 0; c < cols_; ++c, sums += sums_stride) {
       ahead.ask();
       Vec<S> sum[vecs];
 #pragma GCC unroll 24
       for (int v = 0; v < vecs; ++v) sum[v] = load(sums + v * w);
-      for (const Entry* const last = base + *end++; row < last; ++row)
+      for (; i < ends[c]; ++i) {
+        const Vec<S> entry = broadcast(entries[i]);
 #pragma GCC unroll 24
-        for (int v = 0; v < vecs; ++v) sum[v] += load(panel + *row * kPanel + v * w);
-      for (const Entry* const last = base + *end++; row < last; ++row)
-#pragma GCC unroll 24
-        for (int v = 0; v < vecs; ++v) sum[v] -= load(panel + *row * kPanel + v * w);
+        for (int v = 0; v < vecs; ++v)
+          sum[v] = fma(entry, load(panel + rows[i] * kPanel + v * w), sum[v]);
+      }
 #pragma GCC unroll 24
       for (int v = 0; v < vecs; ++v) store(sums + v * w, sum[v]);
     }
   }
 
  private:
-  using Entry = std::uint8_t;  // up to 192 a tile
+  static constexpr std::int64_t kTileEntries = kTileRows * kEntries;
+  static_assert(kTileEntries < 256, "places in a tile are kept as bytes");
 
   void fill(std::int64_t tile, std::int64_t rows, std::uint64_t seed) {
     const std::int64_t first = tile * kTileRows, count = std::min(kTileRows, rows - first);
-    std::int64_t lists[kTileRows * kEntries];  // 2 column + (negative)
-    Entry* const ends = &ends_[static_cast<std::size_t>(tile * 2 * cols_)];
-    std::fill_n(ends, 2 * cols_, Entry{0});
+    std::int64_t columns[kTileEntries];
+    S entries[kTileEntries];
+    std::uint8_t* const ends = &ends_[static_cast<std::size_t>(tile * cols_)];
+    std::fill_n(ends, cols_, std::uint8_t{0});
     for (std::int64_t r = 0; r < count; ++r) {
-      const Philox random = random_words(first + r, 0, seed, 0);
+      const Philox place = random_words(first + r, 0, seed, 0);
+      const Philox value = random_words(first + r, 1, seed, 0);
       for (std::int64_t k = 0; k < kEntries; ++k) {
         const std::int64_t low = k * cols_ / kEntries, high = (k + 1) * cols_ / kEntries;
-        const std::uint32_t word = random.word[k];
-        const std::int64_t column =
-            low +
-            static_cast<std::int64_t>((word >> 1) * static_cast<std::uint64_t>(high - low) >> 31);
-        lists[r * kEntries + k] = 2 * column + (word & 1);
-        ++ends[lists[r * kEntries + k]];
+        const auto width = static_cast<std::uint64_t>(high - low);
+        const std::int64_t i = r * kEntries + k;
+        columns[i] = low + static_cast<std::int64_t>(place.word[k] * width >> 32);
+        const S size = S(0.5) + static_cast<S>(value.word[k] >> 9) * S(0x1p-23);
+        entries[i] = (value.word[k] & 1) != 0 ? size : -size;
+        ++ends[columns[i]];
       }
     }
-    Entry* const out = &rows_[static_cast<std::size_t>(tile * kTileRows * kEntries)];
-    Entry sum = 0;
-    for (std::int64_t i = 0; i < 2 * cols_; ++i) {
-      const Entry size = ends[i];
-      ends[i] = sum;
-      sum = static_cast<Entry>(sum + size);
+    std::uint8_t sum = 0;
+    for (std::int64_t c = 0; c < cols_; ++c) {
+      const std::uint8_t size = ends[c];
+      ends[c] = sum;
+      sum = static_cast<std::uint8_t>(sum + size);
     }
-    for (std::int64_t r = 0; r < count; ++r)
-      for (std::int64_t k = 0; k < kEntries; ++k)
-        out[ends[lists[r * kEntries + k]]++] = static_cast<Entry>(r);
+    for (std::int64_t i = 0; i < count * kEntries; ++i) {
+      const std::size_t at = static_cast<std::size_t>(tile * kTileEntries) + ends[columns[i]]++;
+      rows_[at] = static_cast<std::uint8_t>(i / kEntries);
+      entries_[at] = entries[i];
+    }
   }
 
   const std::int64_t cols_;
-  std::vector<std::uint8_t> rows_, ends_;
+  std::vector<std::uint8_t> rows_, ends_;  // ends_: by tile and column, in rows_ and entries_
+  std::vector<S> entries_;
 };
 
 template <class S>
@@ -118,7 +125,7 @@ template <class S>
 void multiply(const Context& context, const Sweep& a, std::uint64_t seed, Panel<S> y) {
   const std::int64_t m = a.s.rows, n = a.s.cols;
   if (m == 0 || n == 0 || y.cols == 0) return;
-  const Lists lists(context, n, y.cols, seed);
+  const Lists<S> lists(context, n, y.cols, seed);
   const Tiles<S> source(a);
   const std::int64_t run = ceil_div(ceil_div(m, kTallRows), kMaxTasks) * kTallRows;
   Norms norms(a.norm, ceil_div(m, run));
@@ -151,7 +158,7 @@ template <class S>
 void multiply_transposed(const Context& context, const Sweep& a, std::uint64_t seed, Panel<S> z) {
   const std::int64_t m = a.s.rows, n = a.s.cols;
   if (n == 0 || z.cols == 0) return;
-  const Lists lists(context, m, z.cols, seed);
+  const Lists<S> lists(context, m, z.cols, seed);
   const Slabs slabs(m, n);
   const Tiles<S> source(a);
   Scratch memory;

@@ -121,7 +121,8 @@ class CpuEngine {
     const auto r = scratch<T>(l * l);
     orth_->inner(x, t, r.get(), l);
     check_in_range(std::all_of(r.get(), r.get() + l * l, [](T v) { return std::isfinite(v); }));
-    if (!(keeps_digits_ ? decompose<double>(r.get(), l) : decompose<T>(r.get(), l)))
+    if (!(keeps_digits_ ? decompose<double>(r.get(), l) : decompose<T>(r.get(), l)) ||
+        (sees_rounding() && !decompose<double>(r.get(), l)))
       throw LinAlgError("randomized_svd: the SVD of the projected matrix did not converge");
     check_in_range(std::isfinite(sigma_[0]) && std::isfinite(norm_.value()));
   }
@@ -143,8 +144,6 @@ class CpuEngine {
   }
 
   // ---- of a basis that grows (svd_tolerance.h) ----
-  // LAPACK's SVD of 300 x 300 floats errs by 60 eps, which is more than a certificate may miss. In
-  // double it takes 1.7 times as long.
   void keep_digits() { keeps_digits_ = true; }
   struct Owned {
     std::unique_ptr<T[]> memory;
@@ -289,9 +288,23 @@ class CpuEngine {
     });
   }
 
-  // Whether four entries a row make a random matrix as good as Gaussian, at less cost: many in every
-  // column, and few of a row's.
-  static bool sparse(Panel<T> x) { return x.cols >= 16 && x.rows >= 8 * x.cols; }
+  // Whether four entries a row make a random matrix as good as Gaussian, at less cost: many in
+  // every column, and few of a row's.
+  static bool sparse(Panel<T> x) { return x.cols >= 32 && x.rows >= 8 * x.cols; }
+  // Whether the error may be so small that the SVD of a matrix of floats would be seen in it:
+  // LAPACK's errs by 60 eps for 300 x 300 and by up to 700 eps where the values fall fast. In
+  // double it takes 1.7 times as long.
+  bool sees_rounding() const {
+    if (sizeof(T) == 8 || keeps_digits_) return false;
+    double tail = 0;
+    for (std::int64_t i = plan_.rank; i < basis_; ++i) {
+      const double value = static_cast<double>(sigma_[i]) / norm_.value();
+      tail += value * value;
+    }
+    if (!plan_.complete)
+      tail += std::max(0.0, missed<T>(plan_.tall, captured_.value() / norm_.value()));
+    return !(tail > 1e-6);
+  }
   Norm* unmeasured() { return measured_ ? nullptr : &norm_; }
   void check_finite() {
     if (measured_) return;

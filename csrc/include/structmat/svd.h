@@ -39,7 +39,7 @@ struct StridedMatrixView {
 struct SvdOptions {
   std::int64_t rank = 0;                   // 1 .. min(m, n)
   std::optional<std::int64_t> oversample;  // >= 0; default: at least 8, to a block of 16 columns
-  // >= 2 passes over A. Default 5; on the CPU 8 or 10, with narrower blocks, where that is less
+  // >= 2 passes over A. Default 5; on the CPU 8 to 10, with narrower blocks, where that is less
   // work and neither this nor `oversample` is given.
   std::optional<std::int64_t> sweeps;
   std::uint64_t seed = 0;

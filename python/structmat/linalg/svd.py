@@ -170,7 +170,7 @@ def randomized_svd(
         oversample: columns beyond ``rank`` in a block. By default at least 8, up to a multiple of
             16 columns, which costs no time.
         sweeps: passes over ``A``, at least 2. By default 5; for ranks above 42 on the CPU, unless
-            ``A`` is very tall or wide, 8 or 10 with narrower blocks, which are fewer products.
+            ``A`` is very tall or wide, 8 to 10 with narrower blocks, which are fewer products.
             Either way the error is within 1 % of the least a matrix of this rank can have for
             singular values that fall like ``i^-1/2`` or faster (`docs/svd.md` has the table). Two
             more passes divide the excess by about 7. Where the basis nearly fills the smaller

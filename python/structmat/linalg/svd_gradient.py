@@ -70,7 +70,7 @@ def gradient(
     """``dA (m, n)`` for one matrix. With ``center`` the decomposition is that of ``A - mean``."""
     left = U if dS is None else U * dS  # dA = left V^T + U right^T
     if dU is None and dV is None:
-        return left @ V.T if dS is not None else torch.zeros_like(left @ V.T)
+        return _of_rows(left @ V.T if dS is not None else torch.zeros_like(left @ V.T), center)
     if A.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "randomized_svd: the gradient of U and Vh waits for the device, which a CUDA graph "
@@ -85,16 +85,28 @@ def gradient(
     inner = (skew_u + skew_v) * _inverse(s - s[:, None])
     inner += (skew_u - skew_v) * _inverse(s + s[:, None])
     left = (left if dS is not None else 0) + U @ (inner / scale)
-    # Ones are normal to U then, and A - mean is A with them projected off.
-    ones = [U.new_full((len(U), 1), len(U) ** -0.5)] if center else []
-    E = _Residual(A, torch.cat([U, *ones], 1), V, scale)
+    E = _Residual(A, _with_ones(U) if center else U, V, scale)
     X, Y = outer(
         E,
         s,
         U.new_zeros(U.shape) if dU is None else _outside(dU, E.U),
         V.new_zeros(V.shape) if dV is None else _outside(dV, E.V),
     )
-    return torch.cat([left + X / scale, U], 1) @ torch.cat([V, Y / scale], 1).T
+    return _of_rows(torch.cat([left + X / scale, U], 1) @ torch.cat([V, Y / scale], 1).T, center)
+
+
+def _of_rows(dA: Tensor, center: bool) -> Tensor:
+    """From the gradient of ``A - mean`` that of ``A``."""
+    return dA - dA.mean(0) if center else dA
+
+
+def _with_ones(U: Tensor) -> Tensor:
+    """U and ones: ``A - mean`` is ``A`` with them projected off. Ones are normal to U but for
+    columns of singular values 0, which may hold them: there U keeps what is normal to them."""
+    ones = U.new_full((len(U), 1), len(U) ** -0.5)
+    normal = U - ones @ (ones.T @ U)
+    size = normal.norm(dim=0)
+    return torch.cat([torch.where(size > 0.5, normal / size.clamp(min=0.5), 0), ones], 1)
 
 
 def _skew(M: Tensor) -> Tensor:
