@@ -216,7 +216,7 @@ class BlockSweeps:
             if start is not None:
                 start()
             rows = 0
-            with reading_ahead(self.source) as blocks:
+            with reading_ahead(self.source, self._place) as blocks:
                 for block in blocks:
                     if block.shape[1] != self.width:
                         raise ValueError(
@@ -263,7 +263,7 @@ class BlockSweeps:
                 block.values().to(self.like.dtype),
                 block.shape,
                 device=self.like.device,
-                check_invariants=True,
+                check_invariants=False,  # row_blocks has checked them
             )
         centred = self.center  # if the source is transposed, of each row
         wide = self.like.dtype == torch.float64

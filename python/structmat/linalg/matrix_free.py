@@ -10,6 +10,7 @@ four passes bring close to what Q lacks (Martinsson and Voronin, SIAM J. Sci. Co
 """
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,11 @@ def randomized_svd(
             _check_csr(A)
 
     together(_OP, A.device_mesh.get_group() if _on_mesh(A) else group, look)
+    # NumPy's integers may be short or unsigned
+    rank, oversample, sweeps = (
+        None if value is None else operator.index(value) for value in (rank, oversample, sweeps)
+    )
+    seed = operator.index(seed)
     if hasattr(A, "device_mesh"):
         return _of_dtensor(A, rank, rtol, oversample, sweeps, center, seed)
     with torch.no_grad(), torch.autocast(torch.device(A.device).type, enabled=False):
