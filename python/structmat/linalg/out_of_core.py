@@ -76,9 +76,11 @@ def svd_out_of_core(
         :func:`randomized_svd`. ``.info.error`` estimates ``||A - U diag(S) Vh||_F / ||A||_F``.
 
     Raises:
-        TypeError: blocks of integers, or of another kind than above; a wrong argument.
+        TypeError: blocks of integers, masked arrays, or of another kind than above; a wrong
+            argument.
         ValueError: there are no rows, or fewer than ``rank``; blocks differ in width, or a sweep
-            has another number of rows than the first; a file is cut off; an argument is out of
+            has another number of rows than the first; a CSR block is invalid, or one of its sizes
+            2^31 or more; a file is cut off or its header contradicts itself; an argument is out of
             range.
         FileNotFoundError: there is no such file.
         torch.linalg.LinAlgError: a block contains NaN or Inf, or products exceed the range of the

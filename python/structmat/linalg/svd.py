@@ -197,9 +197,9 @@ def randomized_svd(
 
     Raises:
         TypeError: ``A`` is none of these, or of another dtype.
-        ValueError: a matrix is empty or has less than 2 dimensions, in a list or with ``rtol`` not
-            2; matrices of a list are on different devices; neither or both of rank and rtol;
-            rank, rtol, oversample, sweeps or seed is out of range.
+        ValueError: a matrix is empty, on meta or has less than 2 dimensions, in a list or with
+            ``rtol`` not 2; matrices of a list are on different devices; neither or both of rank and
+            rtol; rank, rtol, oversample, sweeps or seed is out of range.
         torch.linalg.LinAlgError: ``A`` contains NaN or Inf, or a singular value or the norm exceeds
             the range of its type; which matrix of a batch or list, the message says. In a compiled
             or captured graph there is no exception: the result is NaN.
