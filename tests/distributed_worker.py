@@ -122,6 +122,7 @@ def main():
     found["errors"] = [
         failure(lambda: svd(A, 4 + last, group=group)),
         failure(lambda: svd(A[:, : 40 - last], 4, group=group)),
+        failure(lambda: svd(A, 3, center=last, group=group)),
         failure(lambda: svd(A * (torch.nan if last else 1), 4, group=group)),
         failure(lambda: ooc(broken, 4, group=group)),
         failure(lambda: ooc(lambda: iter([A]), 4 + last, group=group)),
@@ -151,7 +152,19 @@ def main():
         failure(lambda: svd((Broken if last else Operator)(A), 4, group=group)),
         failure(lambda: svd((BrokenTransposed if last else Operator)(A), 4, group=group)),
         failure(lambda: ooc(lambda: iter([A]), 0 if last else 4, group=group)),
+        failure(lambda: ooc(lambda: iter([A]), 4, device="cuda:99" if last else None, group=group)),
+        failure(lambda: svd("A.npy" if last else A, 4, group=group)),
+        failure(lambda: sm.linalg.all_merge(None if last else streams[0], group)),
     ]
+    merge = sm.linalg.StreamingSVD.merge
+    if rank == ranks - 2:  # the last that takes in another
+
+        def broken_merge(*_):
+            raise OSError("no memory")
+
+        sm.linalg.StreamingSVD.merge = broken_merge
+    found["merge"] = failure(lambda: sm.linalg.all_merge(streams[0]))
+    sm.linalg.StreamingSVD.merge = merge
     qr = torch.linalg.qr
     if last:  # as where memory ends
 

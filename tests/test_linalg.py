@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from reference import LAYOUTS, UNIT, assert_close, exact, gradients, make
@@ -499,6 +500,8 @@ def test_svd_tail_same_bits_for_any_number_of_threads(threads):
         (torch.ones(4, 3), 4, {}, ValueError, "rank is 4, wanted 1 to 3"),
         (torch.ones(4, 3), 0, {}, ValueError, "rank is 0, wanted 1 to 3"),
         (torch.ones(4, 3), 1.5, {}, TypeError, "rank must be an integer"),
+        (torch.ones(4, 3), torch.tensor(1), {}, TypeError, "rank must be an integer, got Tensor"),
+        (torch.ones(4, 3, device="meta"), 1, {}, ValueError, "A is on meta"),
         (torch.ones(4, 3), 1, {"oversample": -1}, ValueError, "oversample is -1"),
         (torch.ones(4, 3), 1, {"seed": -1}, ValueError, "seed is -1"),
         (torch.ones(4), 1, {}, ValueError, "A must have 2 dimensions"),
@@ -513,6 +516,21 @@ def test_svd_tail_same_bits_for_any_number_of_threads(threads):
 def test_svd_tail_bad_arguments(A, rank, options, error, message):
     with pytest.raises(error, match=f"svd_tail: .*{message}"):
         sm.linalg.svd_tail(A, rank, **options)
+
+
+def test_integers_of_numpy():
+    A = sm.linalg.gaussian(9, 8, dtype=torch.float64)
+    for kind in (np.int64, np.uint8):
+        three, two = kind(3), kind(2)
+        verify_tail(A, 3, sm.linalg.svd_tail(A, three, oversample=two, seed=two))
+        for call in (
+            lambda seed: sm.linalg.range_step(A, A[:8, :3], seed=seed),
+            lambda seed: (sm.linalg.orthonormalize(A, seed=seed),),
+        ):
+            for got, wanted in zip(call(two), call(2), strict=True):
+                assert torch.equal(got, wanted)
+    with pytest.raises(TypeError, match="range_step: seed must be an integer, got Tensor"):
+        sm.linalg.range_step(A, A[:8, :3], seed=torch.tensor(3))
 
 
 def test_range_step_finds_the_subspace(backend):
@@ -563,6 +581,7 @@ def test_range_step_scales(backend, scale):
         ([torch.ones(5, 4)], [], ValueError, "list of 1, Q of 0"),
         ([torch.ones(5, 4)], [torch.ones(4)], ValueError, "item 0: Q must have at least 2"),
         (3, 4, TypeError, "tensors or lists of tensors"),
+        (torch.ones(5, 4).to("meta"), torch.ones(4, 2).to("meta"), ValueError, "A is on meta"),
         (torch.ones(5, 4), torch.ones(4, 2, requires_grad=True), RuntimeError, "requires grad"),
         (torch.full((5, 4), torch.nan), torch.ones(4, 2), torch.linalg.LinAlgError, "NaN"),
     ],

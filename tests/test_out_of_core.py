@@ -236,6 +236,29 @@ def test_wrong_files(tmp_path):
             svd(f"{tmp_path}/{name}", 2)
 
 
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"shape": [-2, -2]}, r"shape \[-2, -2\], wanted"),
+        ({"shape": [2.0, 2]}, r"shape \[2.0, 2\], wanted"),
+        ({"shape": [2, 3]}, r"data_offsets \[0, 16\], wanted 24 bytes"),
+        ({"data_offsets": [-8, 8]}, r"data_offsets \[-8, 8\], wanted 16 bytes"),
+        ({"data_offsets": [8, 24]}, "ends before"),
+        ({"data_offsets": 0}, "data_offsets 0, wanted 16"),
+        (None, "has no dtype"),
+    ],
+    ids=str,
+)
+def test_headers_that_contradict_themselves(entry, says, tmp_path):
+    whole = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    header = json.dumps({"A": [] if entry is None else whole | entry}).encode()
+    data = torch.ones(2, 2).numpy().tobytes()
+    file = tmp_path / "A.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with pytest.raises(ValueError, match=says):
+        svd(file, 1)
+
+
 @pytest.mark.parametrize("layout", ["rows", "columns", "slice"])
 def test_block_sweep(dtype, layout):
     """Y = A X, and Z grows by A^T Y in units that change; the norm of A."""

@@ -6,6 +6,7 @@ import io
 import sys
 import threading
 import weakref
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from test_svd import matrix
 
 import structmat as sm
 from structmat.linalg.progress import Bar
+from structmat.linalg.row_blocks import open_source, reading_ahead
 
 svd = sm.linalg.svd_out_of_core
 pytestmark = [
@@ -32,6 +34,18 @@ def changing(*sweeps):
     """A factory that gives other blocks in each sweep; the first call is a look at one block."""
     calls = iter([sweeps[0], *sweeps])
     return lambda: iter(next(calls))
+
+
+def csr_of(A, column, scipy=False):
+    """The last column index overwritten: one that is out of range makes it invalid."""
+    block = A.to_sparse_csr()
+    crow, col, values = block.crow_indices(), block.col_indices().clone(), block.values()
+    col[-1] = column
+    if not scipy:
+        return torch.sparse_csr_tensor(crow, col, values, A.shape, check_invariants=False)
+    found = pytest.importorskip("scipy.sparse").csr_matrix(A.numpy())
+    found.indices[-1] = column
+    return found
 
 
 A, WIDE = torch.randn(8, 5), torch.randn(8, 6)
@@ -65,6 +79,17 @@ A, WIDE = torch.randn(8, 5), torch.randn(8, 6)
         (lambda: changing([A]), {"rank": 6}, ValueError, "1 to 5"),
         (lambda: changing([A]), {"rank": 0}, ValueError, "rank is 0"),
         (lambda: changing([A]), {"rank": 2.0}, TypeError, "float"),
+        (lambda: changing([A]), {"rank": torch.tensor(3)}, TypeError, "rank must be .* got Tensor"),
+        (lambda: changing([np.ma.masked_less(A.numpy(), 0)]), {}, TypeError, "masked array"),
+        (lambda: changing([np.ones((4, 4), np.longdouble)]), {}, TypeError, "native floats"),
+        (lambda: changing([csr_of(A, 5)]), {}, ValueError, "svd_out_of_core: .* no valid CSR"),
+        (lambda: changing([csr_of(A, -1)]), {"center": True}, ValueError, "no valid CSR"),
+        (
+            lambda: changing([csr_of(A, 5, True)]),
+            {},
+            ValueError,
+            "svd_out_of_core: .* no valid CSR",
+        ),
         (lambda: changing([A]), {"sweeps": 0}, ValueError, "sweeps is 0"),
         (lambda: changing([A]), {"sweeps": 1, "center": True}, ValueError, "finds the mean"),
         (lambda: changing([A]), {"center": 1}, TypeError, "bool"),
@@ -151,6 +176,26 @@ def test_scipy_blocks_stay_as_they_are():
     svd(lambda: iter([part]), 1)
     assert part.nnz == 6
     assert part.indices.tolist() == [2, 2, 1, 0, 1, 2]
+
+
+def test_blocks_are_read_in_the_stream_of_the_caller(monkeypatch):
+    inside = threading.local()
+
+    @contextmanager
+    def enter(stream):
+        inside.stream = stream
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the caller's on {device}")
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+
+    def blocks():
+        yield torch.ones(1, 1) * len(getattr(inside, "stream", ""))
+
+    for device in ("cpu", "cuda:1"):
+        with reading_ahead(open_source(blocks, None), torch.device(device)) as found:
+            (block,) = found
+        assert int(block) == (len("the caller's on cuda:1") if device == "cuda:1" else 0)
 
 
 def test_default_device(tmp_path):

@@ -464,6 +464,24 @@ def test_residuals_bound_singular_values():
         assert found[-1] > 1e-3  # with 3 sweeps the last ones are not determined
     with pytest.raises(ValueError, match=r"A has shape \(60, 90\), the factors \(90, 20\)"):
         result.residuals(A.T)
+    with pytest.raises(
+        TypeError, match=r"residuals: A is torch.float32, the factors torch.float64"
+    ):
+        result.residuals(A.float())
+    with pytest.raises(TypeError, match=r"residuals: A is a ndarray"):
+        result.residuals(A.numpy())
+
+
+def test_matrices_without_numbers():
+    A = matrix(9, 8, "slow")
+    for other in ("A.npy", b"A.npy"):
+        with pytest.raises(TypeError, match=r"A is a .* svd_out_of_core reads files"):
+            sm.linalg.randomized_svd(other, 8)
+    for other in (A.to("meta"), [A.to("meta")]):
+        with pytest.raises(ValueError, match=r"A(\[0\])? is on meta"):
+            sm.linalg.randomized_svd(other, 8)
+    with pytest.raises(ValueError, match="A is on meta"):
+        sm.linalg.randomized_svd(A.to("meta"), rtol=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

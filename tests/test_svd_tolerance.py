@@ -165,6 +165,16 @@ def test_tolerances_on_every_back_end(backend):
     assert not svd(A.float(), rtol=1e-9).info.converged
 
 
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_an_exact_rank_takes_two_passes(dtype):
+    A = torch.zeros(2000, 1000, dtype=dtype)
+    A[0, 0], A[7, 5] = 3, 2
+    result = svd(A, rtol=0.1)
+    assert result.info.sweeps == 2
+    assert result.info.converged
+    torch.testing.assert_close(result.S, torch.tensor([3, 2], dtype=dtype))
+
+
 def test_growth():
     """A basis of many blocks, found in buffers that grow."""
     A = matrix(900, 800, "slow")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .sides import gathered, together
 from .streaming_checks import SETTINGS
 from .streaming_svd import StreamingSVD
 
@@ -27,9 +28,10 @@ def all_merge(stream: StreamingSVD, group: Any = None) -> StreamingSVD:
         ``stream``.
 
     Raises:
-        TypeError: ``stream`` is no StreamingSVD.
+        TypeError: ``stream`` is no StreamingSVD, ``group`` no process group.
         ValueError: settings differ between ranks. Raised on each of them, and nothing is changed.
-        RuntimeError: ``torch.distributed`` is not initialised.
+        RuntimeError: ``torch.distributed`` is not initialised. Or another rank failed: where that
+            was in a merge, for want of memory, the streams are lost.
 
     Cost: ``log2(ranks)`` merges and messages of the size of the state, and one broadcast.
 
@@ -42,15 +44,10 @@ def all_merge(stream: StreamingSVD, group: Any = None) -> StreamingSVD:
         4
         >>> torch.distributed.destroy_process_group()
     """
-    if not isinstance(stream, StreamingSVD):
-        raise TypeError(f"{_OP}: stream must be a StreamingSVD, got {type(stream).__name__}")
-    if not dist.is_initialized():
-        raise RuntimeError(f"{_OP}: torch.distributed is not initialised")
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    mine = {name: getattr(stream, name) for name in SETTINGS}
-    mine |= {"dtype": stream.dtype, "device": stream.device.type}
-    every: list[Any] = [None] * ranks
-    dist.all_gather_object(every, mine, group=group)
+    if group is None and dist.is_initialized():
+        group = dist.group.WORLD
+    mine = together(_OP, group, lambda: _checked(stream, group))
+    every = gathered(group, mine)
     for other, theirs in enumerate(every):
         for name, value in every[0].items():
             if theirs[name] != value:
@@ -58,18 +55,44 @@ def all_merge(stream: StreamingSVD, group: Any = None) -> StreamingSVD:
                     f"{_OP}: {name} is {value} on rank 0 and {theirs[name]} on rank {other}"
                 )
     step = 1
-    while step < ranks and rank % (2 * step) == 0:
-        if rank + step < ranks:
-            stream.merge(_receive(stream, rank + step, group))
+    while step < len(every):
+        _merge_neighbours(stream, step, group)
         step *= 2
-    if step < ranks:  # rank is an odd multiple of step
-        for tensor in _parts(stream):
-            dist.send(tensor, group_dst=rank - step, group=group)
     parts = _parts(stream)
     for tensor in parts:
         dist.broadcast(tensor, group_src=0, group=group)
     _count(stream, parts[0])
     return stream
+
+
+def _checked(stream: Any, group: Any) -> dict[str, Any]:
+    """What must be the same everywhere."""
+    if not isinstance(stream, StreamingSVD):
+        raise TypeError(f"{_OP}: stream must be a StreamingSVD, got {type(stream).__name__}")
+    if not dist.is_initialized():
+        raise RuntimeError(f"{_OP}: torch.distributed is not initialised")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{_OP}: group must be a ProcessGroup, got {type(group).__name__}")
+    mine = {name: getattr(stream, name) for name in SETTINGS}
+    return mine | {"dtype": stream.dtype, "device": stream.device.type}
+
+
+def _merge_neighbours(stream: StreamingSVD, step: int, group: Any) -> None:
+    """Even multiples of `step` take in the stream of the next one. Each part that may fail is one
+    that all ranks go through together."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    takes = rank % (2 * step) == 0 and rank + step < ranks
+    gives = rank % (2 * step) == step
+    other = together(_OP, group, lambda: _empty_like(stream) if takes else None)
+    if gives:
+        for tensor in _parts(stream):
+            dist.send(tensor, group_dst=rank - step, group=group)
+    if other is not None:
+        parts = _parts(other)
+        for tensor in parts:
+            dist.recv(tensor, group_src=rank + step, group=group)
+        _count(other, parts[0])
+    together(_OP, group, lambda: None if other is None else stream.merge(other))
 
 
 def _parts(stream: StreamingSVD) -> list[torch.Tensor]:
@@ -81,11 +104,6 @@ def _count(stream: StreamingSVD, counts: torch.Tensor) -> None:
     stream.rows_seen, stream._buffered = (int(count) for count in counts)
 
 
-def _receive(like: StreamingSVD, source: int, group: Any) -> StreamingSVD:
-    settings = {name: getattr(like, name) for name in SETTINGS}
-    other = StreamingSVD(**settings, dtype=like.dtype, device=like.device)
-    parts = _parts(other)
-    for tensor in parts:
-        dist.recv(tensor, group_src=source, group=group)
-    _count(other, parts[0])
-    return other
+def _empty_like(stream: StreamingSVD) -> StreamingSVD:
+    settings = {name: getattr(stream, name) for name in SETTINGS}
+    return StreamingSVD(**settings, dtype=stream.dtype, device=stream.device)

@@ -53,6 +53,7 @@ class BlockSweeps:
         self.bar = Bar("reading", shown)
         self.count = 0  # sweeps so far
         self.rows: Side  # known after a sweep
+        self.shift: Tensor | None  # the mean, where it leaves row by row
         self._length: int | None = None  # rows here
         self._room: Tensor | None = None  # of a block converted or centred
         self._norms: list[float] = []  # of blocks
@@ -60,10 +61,9 @@ class BlockSweeps:
     def open(self, arguments: Any) -> None:
         """Looks at the first block. Ranks tell each other what they found, so that an error of one
         is an error of all."""
-        first: Tensor | None = None
 
-        def look() -> None:
-            nonlocal first
+        def look() -> Tensor | None:
+            first: Tensor | None = None
             self.source = open_source(self._blocks, self._block_rows)
             if self.group is not None and self.source.transposed:
                 raise ValueError(
@@ -76,27 +76,27 @@ class BlockSweeps:
                 raise ValueError(f"{_OP}: there are no rows")
             if "meta" in (first.device.type, torch.device(self._device or "cpu").type):
                 raise ValueError(f"{_OP}: blocks or computation are on meta, which has no numbers")
+            dtype = self._dtype or working_dtype(first.dtype)
+            device = first.device if self._device is None else torch.device(self._device)
+            self.like = torch.empty(0, dtype=dtype, device=device)
+            self.width, self._place = first.shape[1], first.device
+            if not self.center or self.source.transposed:
+                return None
+            # The mean of a few rows, until that of all is known: products do not cancel that much.
+            start = first.to_dense() if first.layout == torch.sparse_csr else first
+            total = start.to(device).sum(0, dtype=torch.float64)
+            return (total / max(len(start), 1)).to(dtype)
 
-        together(_OP, self.group, look)
-        assert first is not None
-        self.width, self._place = first.shape[1], first.device
-        dtype = self._dtype or working_dtype(first.dtype)
-        device = first.device if self._device is None else torch.device(self._device)
-        self.like = torch.empty(0, dtype=dtype, device=device)
+        self.shift = together(_OP, self.group, look)
         self.cols = Side(self.width, peers=self.group)
-        facts = (self.width, str(dtype), *arguments)
+        facts = (self.width, str(self.like.dtype), self.like.device.type, *arguments)
         for other, found in enumerate(gathered(self.group, facts)):
             if found != facts:
                 raise ValueError(
-                    f"{_OP}: columns, dtype, rank, sweeps, oversample, center, seed and wanted "
-                    f"dtype are {facts} here and {found} on rank {other} of the group"
+                    f"{_OP}: columns, dtype, device, rank, sweeps, oversample, center, seed and "
+                    f"wanted dtype are {facts} here and {found} on rank {other} of the group"
                 )
-        # The mean of a few rows, until that of all is known: products do not cancel that much.
-        self.shift: Tensor | None = None
-        if self.center and not self.source.transposed:
-            start = first.to_dense() if first.layout == torch.sparse_csr else first
-            total = start.to(device).sum(0, dtype=torch.float64)
-            self.shift = (total / max(len(start), 1)).to(dtype)
+        if self.shift is not None:
             self.cols.same(self.shift)
         self.bar.total = self.source.bytes
 
@@ -216,7 +216,7 @@ class BlockSweeps:
             if start is not None:
                 start()
             rows = 0
-            with reading_ahead(self.source) as blocks:
+            with reading_ahead(self.source, self._place) as blocks:
                 for block in blocks:
                     if block.shape[1] != self.width:
                         raise ValueError(
@@ -263,7 +263,7 @@ class BlockSweeps:
                 block.values().to(self.like.dtype),
                 block.shape,
                 device=self.like.device,
-                check_invariants=True,
+                check_invariants=False,  # row_blocks has checked them
             )
         centred = self.center  # if the source is transposed, of each row
         wide = self.like.dtype == torch.float64

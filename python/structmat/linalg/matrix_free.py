@@ -10,6 +10,7 @@ four passes bring close to what Q lacks (Martinsson and Voronin, SIAM J. Sci. Co
 """
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -52,11 +53,16 @@ def randomized_svd(
             _check_csr(A)
 
     together(_OP, A.device_mesh.get_group() if _on_mesh(A) else group, look)
+    # NumPy's integers may be short or unsigned
+    rank, oversample, sweeps = (
+        None if value is None else operator.index(value) for value in (rank, oversample, sweeps)
+    )
+    seed = operator.index(seed)
     if hasattr(A, "device_mesh"):
         return _of_dtensor(A, rank, rtol, oversample, sweeps, center, seed)
     with torch.no_grad(), torch.autocast(torch.device(A.device).type, enabled=False):
+        _require_same(group, A, rank, rtol, oversample, sweeps, center, seed)
         operand = _operand(A, group, center)
-        _require_same(operand, rank, rtol, oversample, sweeps, center, seed)
         shape = operand.shape
         if 0 in shape:
             raise ValueError(f"{_OP}: A is empty, shape {shape}")
@@ -129,16 +135,17 @@ def _check_csr(A: Tensor) -> None:
         raise ValueError(f"{_OP}: A is no valid CSR tensor: {error}") from error
 
 
-def _require_same(operand: Operand, *arguments: Any) -> None:
+def _require_same(group: Any, A: Any, *arguments: Any) -> None:
     """Raises on every rank if the arguments of two differ: otherwise they would wait for ever."""
-    group = operand.rows.group
     if group is None:
         return
-    facts = (operand.shape[1], str(operand.like.dtype), *arguments)
+    dtype = operands.working_dtype(A.dtype)
+    facts = (A.shape[1], str(dtype), torch.device(A.device).type, *arguments)
     every = gathered(group, facts)
     for other, found in enumerate(every):
         if found != every[0]:
-            names = ("columns", "dtype", "rank", "rtol", "oversample", "sweeps", "center", "seed")
+            options = ("rank", "rtol", "oversample", "sweeps", "center", "seed")
+            names = ("columns", "dtype", "device", *options)
             name, mine, theirs = next(
                 (n, a, b) for n, a, b in zip(names, every[0], found, strict=True) if a != b
             )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .svd import _DTYPES
+from .svd import _DTYPES, check_integer, check_not_meta
 
 
 @overload
@@ -86,8 +86,8 @@ def orthonormalize(
         raise ValueError(
             f"{op}: Y has shape {tuple(Y.shape)}, wanted at least as many rows as columns"
         )
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"{op}: seed must be an integer, got {type(seed).__name__}")
+    check_integer("seed", seed, op)
+    check_not_meta("Y", Y.device, op)
     if not 0 <= seed < 2**63:
         raise ValueError(f"{op}: seed is {seed}, wanted 0 to 2^63 - 1")
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:

@@ -24,7 +24,7 @@ from .matrix_free import _Basis, default_oversample
 from .operands import Operand
 from .row_blocks import Blocks
 from .sides import Side, together
-from .svd import SVDResult
+from .svd import SVDResult, check_integer
 
 _OP = "svd_out_of_core"
 
@@ -76,9 +76,11 @@ def svd_out_of_core(
         :func:`randomized_svd`. ``.info.error`` estimates ``||A - U diag(S) Vh||_F / ||A||_F``.
 
     Raises:
-        TypeError: blocks of integers, or of another kind than above; a wrong argument.
+        TypeError: blocks of integers, masked arrays, or of another kind than above; a wrong
+            argument.
         ValueError: there are no rows, or fewer than ``rank``; blocks differ in width, or a sweep
-            has another number of rows than the first; a file is cut off; an argument is out of
+            has another number of rows than the first; a CSR block is invalid, or one of its sizes
+            2^31 or more; a file is cut off or its header contradicts itself; an argument is out of
             range.
         FileNotFoundError: there is no such file.
         torch.linalg.LinAlgError: a block contains NaN or Inf, or products exceed the range of the
@@ -137,17 +139,10 @@ def _checked(
         if value is None and name in ("oversample", "block_rows"):
             found.append(None)
             continue
-        try:
-            if isinstance(value, bool):
-                raise TypeError
-            number = operator.index(value)
-        except TypeError:
-            raise TypeError(
-                f"{_OP}: {name} must be an integer, got {type(value).__name__}"
-            ) from None
-        if number < least:
-            raise ValueError(f"{_OP}: {name} is {number}, wanted at least {least}")
-        found.append(number)
+        check_integer(name, value, _OP)
+        if value < least:
+            raise ValueError(f"{_OP}: {name} is {value}, wanted at least {least}")
+        found.append(operator.index(value))
     if found[3] >= 2**63:
         raise ValueError(f"{_OP}: seed is {seed}, wanted 0 to 2^63 - 1")
     if not isinstance(center, bool):

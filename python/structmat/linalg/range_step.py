@@ -7,7 +7,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .svd import _DTYPES
+from .svd import _DTYPES, check_integer, check_not_meta
 
 _OP = "range_step"
 
@@ -59,7 +59,7 @@ def range_step(
 
     Raises:
         TypeError: arguments are neither tensors nor lists of tensors, or of other dtypes.
-        ValueError: shapes, devices or lengths do not fit together.
+        ValueError: shapes, devices or lengths do not fit together; tensors are on meta.
         torch.linalg.LinAlgError: ``A`` or ``Q`` contains NaN or Inf, or a product overflows. To
             know it, the GPU is waited for, except in a captured or compiled graph, where the
             result is NaN.
@@ -99,10 +99,11 @@ def range_step(
 
 
 def _steps(A: list[Tensor], Q: list[Tensor], seed: int) -> list[RangeStep]:
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"{_OP}: seed must be an integer, got {type(seed).__name__}")
+    check_integer("seed", seed, _OP)
     if not 0 <= seed < 2**63:
         raise ValueError(f"{_OP}: seed is {seed}, wanted 0 to 2^63 - 1")
+    for i, a in enumerate(A):
+        check_not_meta("A" if len(A) == 1 else f"A[{i}]", a.device, _OP)
     A, Q = ([t.detach() for t in tensors] for tensors in (A, Q))
     P, after, B, finite = torch.ops.structmat.range_step.default(A, Q, seed)
     in_graph = torch.compiler.is_compiling() or (

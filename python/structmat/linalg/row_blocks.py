@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -117,13 +117,22 @@ class MatrixFile(Source):
         if name not in entries:
             raise ValueError(f"{_OP}: {self.path} has no {name!r}, but {sorted(entries)}")
         entry = entries[name]
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+            raise ValueError(f"{_OP}: {name} in {self.path} has no dtype, shape and data_offsets")
         if entry["dtype"] not in _SAFETENSORS:
             raise TypeError(f"{_OP}: {name} in {self.path} is {entry['dtype']}, wanted {wanted}")
-        if len(entry["shape"]) != 2:
-            raise ValueError(f"{_OP}: {name} in {self.path} has shape {entry['shape']}, wanted two")
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        if not _counts(shape) or len(shape) != 2:
+            raise ValueError(f"{_OP}: {name} in {self.path} has shape {shape}, wanted (m, n)")
         self._dtype, self._swapped = _SAFETENSORS[entry["dtype"]], False
-        self._shape = (int(entry["shape"][0]), int(entry["shape"][1]))
-        self._offset = 8 + length + int(entry["data_offsets"][0])
+        self._shape = (shape[0], shape[1])
+        size = shape[0] * shape[1] * self._dtype.itemsize
+        if not _counts(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != size:
+            raise ValueError(
+                f"{_OP}: {name} in {self.path} has data_offsets {offsets}, wanted {size} bytes for "
+                f"shape {shape} of {entry['dtype']}"
+            )
+        self._offset = 8 + length + offsets[0]
 
     def blocks(self) -> Iterator[Tensor]:
         m, n = self._shape
@@ -144,6 +153,11 @@ class MatrixFile(Source):
                 if self._swapped:
                     np.frombuffer(view, dtype=f"u{size}").byteswap(inplace=True)
                 yield block
+
+
+def _counts(values: Any) -> bool:
+    """Whether this, from a header, is a list of non-negative integers."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def open_source(blocks: Any, block_rows: int | None) -> Source:
@@ -167,19 +181,25 @@ def open_source(blocks: Any, block_rows: int | None) -> Source:
 def _tensor(block: Any) -> Tensor:
     """A dense or CSR tensor of a block of either, torch's, NumPy's or SciPy's: a copy, because the
     reader is blocks ahead and whoever gives them may fill one buffer again and again."""
+    if isinstance(block, np.ma.MaskedArray):
+        raise TypeError(f"{_OP}: a block is a masked array, wanted one without; see filled()")
     if isinstance(block, np.ndarray):
-        if block.dtype.kind not in "fiu" or not block.dtype.isnative:
-            raise TypeError(f"{_OP}: a block is an array of {block.dtype}, wanted native floats")
+        _check_numpy(block)
         block = torch.from_numpy(np.array(block, order="C"))
     elif getattr(block, "format", None) == "csr" and hasattr(block, "indptr"):
+        _check_numpy(block.data)
         block = block.copy()
+        try:
+            block.check_format()
+        except ValueError as error:
+            raise ValueError(f"{_OP}: a block is no valid CSR matrix: {error}") from error
         block.sum_duplicates()  # and sorts
         block = torch.sparse_csr_tensor(
             torch.from_numpy(block.indptr),
             torch.from_numpy(block.indices),
             torch.from_numpy(block.data),
             block.shape,
-            check_invariants=True,
+            check_invariants=False,  # below
         )
     elif isinstance(block, Tensor):
         block = block.detach().clone()
@@ -195,14 +215,39 @@ def _tensor(block: Any) -> Tensor:
         )
     if block.dim() != 2:
         raise ValueError(f"{_OP}: a block has shape {tuple(block.shape)}, wanted (rows, n)")
+    if block.layout == torch.sparse_csr:
+        _check_csr(block)
     return block
 
 
+def _check_numpy(array: Any) -> None:
+    kind = array.dtype
+    if kind.kind not in "fiu" or not kind.isnative or kind.itemsize > 8:
+        raise TypeError(f"{_OP}: a block is an array of {kind}, wanted native floats")
+
+
+def _check_csr(block: Tensor) -> None:
+    crow, col, values = block.crow_indices(), block.col_indices(), block.values()
+    try:
+        torch.sparse_csr_tensor(crow, col, values, block.shape, check_invariants=True)
+    except RuntimeError as error:
+        raise ValueError(f"{_OP}: a block is no valid CSR tensor: {error}") from error
+    if max(len(col), *block.shape) >= 2**31:  # MKL and cuSPARSE count in 32 bits
+        raise ValueError(
+            f"{_OP}: a CSR block of shape {tuple(block.shape)} has {len(col)} non-zeros, wanted "
+            "less than 2^31 of each"
+        )
+
+
 @contextmanager
-def reading_ahead(source: Source) -> Iterator[Iterator[Tensor]]:
-    """The blocks of a sweep, read by a thread of their own while others are computed with."""
+def reading_ahead(source: Source, device: torch.device) -> Iterator[Iterator[Tensor]]:
+    """The blocks of a sweep, on `device`, read by a thread of their own while others are computed
+    with. On CUDA its work is queued in the caller's current stream, as that of the caller is."""
     waiting: queue.Queue[Any] = queue.Queue(_QUEUE)
     stop = threading.Event()
+    stream: Any = nullcontext()
+    if device.type == "cuda":
+        stream = torch.cuda.stream(torch.cuda.current_stream(device))
 
     def put(item: Any) -> bool:
         while not stop.is_set():
@@ -215,9 +260,10 @@ def reading_ahead(source: Source) -> Iterator[Iterator[Tensor]]:
 
     def read() -> None:
         try:
-            for block in source.blocks():
-                if not put((block, None)):
-                    return
+            with stream:
+                for block in source.blocks():
+                    if not put((block, None)):
+                        return
             put((None, None))
         except BaseException as error:  # raised where the blocks are wanted
             put((None, error))

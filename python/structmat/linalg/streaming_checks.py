@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .svd import check_integer
+
 if TYPE_CHECKING:
     from .streaming_svd import StreamingSVD
 
@@ -105,12 +107,8 @@ def state(stream: "StreamingSVD", state: Any) -> tuple[list[Tensor], int]:
 
 
 def integer(op: str, name: str, value: Any) -> int:
-    if not isinstance(value, bool):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+    check_integer(name, value, op)
+    return operator.index(value)
 
 
 def require_no_graph(op: str, tensor: Tensor) -> None:

@@ -109,7 +109,8 @@ class SVDResult(_Factors):
             ``(k,)``, of the dtype of S. Rounding adds some ``eps S[0]``.
 
         Raises:
-            ValueError: ``A`` has another shape than ``U diag(S) Vh``.
+            TypeError: ``A`` is none of these, or its dtype gives no factors of theirs.
+            ValueError: ``A`` has another shape than ``U diag(S) Vh``, or is on another device.
 
         Cost: two products with ``k`` columns, ``4 m n k`` FLOPs.
 
@@ -123,15 +124,13 @@ class SVDResult(_Factors):
             >>> bool((result.residuals(A) < 1e-5).all())
             True
         """
+        from .arguments import check_factors, check_matrix
         from .matrix_free import _operand
 
         U, S, Vh = self
-        if tuple(A.shape) != (len(U), Vh.shape[-1]) or U.dim() != 2:
-            raise ValueError(
-                f"residuals: A has shape {tuple(A.shape)}, the factors {tuple(U.shape)} and "
-                f"{tuple(Vh.shape)}; wanted the one matrix they came from"
-            )
         with torch.no_grad(), torch.autocast(U.device.type, enabled=False):
+            check_matrix(A, "residuals")
+            check_factors(A, U, Vh)
             operand = _operand(A, None, center)
             if center:
                 operand = operand.centred()
@@ -198,9 +197,9 @@ def randomized_svd(
 
     Raises:
         TypeError: ``A`` is none of these, or of another dtype.
-        ValueError: a matrix is empty or has less than 2 dimensions, in a list or with ``rtol`` not
-            2; matrices of a list are on different devices; neither or both of rank and rtol;
-            rank, rtol, oversample, sweeps or seed is out of range.
+        ValueError: a matrix is empty, on meta or has less than 2 dimensions, in a list or with
+            ``rtol`` not 2; matrices of a list are on different devices; neither or both of rank and
+            rtol; rank, rtol, oversample, sweeps or seed is out of range.
         torch.linalg.LinAlgError: ``A`` contains NaN or Inf, or a singular value or the norm exceeds
             the range of its type; which matrix of a batch or list, the message says. In a compiled
             or captured graph there is no exception: the result is NaN.
@@ -250,7 +249,7 @@ def randomized_svd(
         >>> [tuple(result.U.shape) for result in sm.linalg.randomized_svd(layers, 4)]
         [(64, 4), (32, 4)]
     """
-    if not isinstance(A, Tensor) and isinstance(A, Sequence):
+    if isinstance(A, Sequence) and not isinstance(A, (Tensor, str, bytes)):  # a path is refused
         if rtol is None and group is None and all(map(_is_dense, A)):
             check_options(oversample, sweeps, seed, center)
             return _of_list(list(A), rank, oversample, sweeps, seed, center)
@@ -387,6 +386,7 @@ def _check(A: Any, name: str = "A") -> None:
         raise ValueError(f"{_OP}: {name} must have at least 2 dimensions, got {A.dim()}")
     if 0 in A.shape[-2:]:
         raise ValueError(f"{_OP}: {name} is empty, shape {tuple(A.shape)}")
+    check_not_meta(name, A.device)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError(f"{_OP}: there is no rule for torch.func transforms and forward mode")
 
@@ -427,7 +427,13 @@ def check_options(oversample: Any, sweeps: Any, seed: Any, center: Any) -> None:
         raise ValueError(f"{_OP}: seed is {seed}, wanted 0 to 2^63 - 1")
 
 
-def check_integer(name: str, value: Any) -> None:
+def check_not_meta(name: str, device: torch.device, op: str = _OP) -> None:
+    """Fake tensors, those of torch.compile, say the device that they stand for."""
+    if device.type == "meta":
+        raise ValueError(f"{op}: {name} is on meta, where tensors have no numbers")
+
+
+def check_integer(name: str, value: Any, op: str = _OP) -> None:
     if isinstance(value, int) and not isinstance(value, bool):
         return
     try:
@@ -435,7 +441,7 @@ def check_integer(name: str, value: Any) -> None:
             raise TypeError
         operator.index(value)
     except TypeError:
-        raise TypeError(f"{_OP}: {name} must be an integer, got {type(value).__name__}") from None
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}") from None
 
 
 @torch.library.register_fake("structmat::randomized_svd")

@@ -2,6 +2,7 @@
 """The smallest singular triplets."""
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.autograd import forward_ad
 
 from .orthonormalize import orthonormalize
 from .random import gaussian
-from .svd import _DTYPES, SVDInfo, SVDResult
+from .svd import _DTYPES, SVDInfo, SVDResult, check_integer, check_not_meta
 
 _STEPS = 40  # of inverse iteration at most; else the whole R is decomposed
 _CHECK = 4  # steps from one look at the residuals to the next: each waits for the device
@@ -48,8 +49,8 @@ def svd_tail(A: Tensor, rank: int, *, oversample: int | None = None, seed: int =
 
     Raises:
         TypeError: ``A`` is not a dense tensor of one of the four dtypes.
-        ValueError: ``A`` is empty or has not 2 dimensions; an option is out of range. On the CPU
-            the smaller side is at most 20000.
+        ValueError: ``A`` is empty, on meta or has not 2 dimensions; an option is out of range. On
+            the CPU the smaller side is at most 20000.
         torch.linalg.LinAlgError: ``A`` contains NaN or Inf.
         RuntimeError: ``A`` requires grad (pass ``A.detach()``), or a CUDA graph is being captured
             or compiled: the number of steps depends on the numbers.
@@ -70,7 +71,7 @@ def svd_tail(A: Tensor, rank: int, *, oversample: int | None = None, seed: int =
         >>> torch.allclose(S, torch.tensor([2.0, 1.0]))
         True
     """
-    oversample = _check(A, rank, oversample, seed)
+    rank, oversample, seed = _check(A, rank, oversample, seed)
     with torch.autocast(A.device.type, enabled=False):
         if A.device.type == "cpu":
             return _in_core(A, rank, oversample, seed)
@@ -183,8 +184,8 @@ def _facts(R: Tensor, S: Tensor, residual: Tensor, steps: int, longest: int) -> 
     return torch.stack([error, norm, count, S.new_tensor(float(steps)), *S.new_ones(2)])
 
 
-def _check(A: Any, rank: int, oversample: int | None, seed: int) -> int:
-    """Raises for arguments it does not take; the directions beyond `rank`."""
+def _check(A: Any, rank: int, oversample: int | None, seed: int) -> tuple[int, int, int]:
+    """Raises for arguments it does not take; rank, the directions beyond it, and seed."""
     op = "svd_tail"
     if not isinstance(A, Tensor):
         raise TypeError(f"{op}: A must be a tensor, got {type(A).__name__}")
@@ -196,6 +197,7 @@ def _check(A: Any, rank: int, oversample: int | None, seed: int) -> int:
         raise ValueError(f"{op}: A must have 2 dimensions, got {A.dim()}")
     if A.numel() == 0:
         raise ValueError(f"{op}: A is empty, shape {tuple(A.shape)}")
+    check_not_meta("A", A.device, op)
     if A.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{op}: A requires grad, but has no gradient here; pass A.detach()")
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -205,10 +207,8 @@ def _check(A: Any, rank: int, oversample: int | None, seed: int) -> int:
             f"{op}: the number of steps depends on the numbers: no graph can hold it"
         )
     for name, value in (("rank", rank), ("seed", seed), ("oversample", oversample)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            if name == "oversample" and value is None:
-                continue
-            raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+        if value is not None or name != "oversample":
+            check_integer(name, value, op)
     if not 1 <= rank <= min(A.shape):
         raise ValueError(
             f"{op}: rank is {rank}, wanted 1 to {min(A.shape)} for A of shape {tuple(A.shape)}"
@@ -217,4 +217,6 @@ def _check(A: Any, rank: int, oversample: int | None, seed: int) -> int:
         raise ValueError(f"{op}: oversample is {oversample}, wanted at least 0")
     if not 0 <= seed < 2**63:
         raise ValueError(f"{op}: seed is {seed}, wanted 0 to 2^63 - 1")
-    return max(8, rank) if oversample is None else oversample
+    rank = operator.index(rank)
+    extra = max(8, rank) if oversample is None else operator.index(oversample)
+    return rank, extra, operator.index(seed)
