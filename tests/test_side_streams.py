@@ -120,6 +120,8 @@ wait 4
 record 4
 wait 99
 structmat: cudaStreamWaitEvent failed: broken
+record 4
+wait 99
 destroy
 """
 
