@@ -2,6 +2,8 @@
 """structmat._C: the core on NumPy arrays, against NumPy in float64 and the functions on tensors."""
 
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -187,6 +189,57 @@ def test_streaming_svd_of_many_threads():
     close(stream.result()[0], want * 8**0.5, np.float32)
 
 
+def test_streaming_svd_waits_without_the_gil():
+    """A thread that polls must not hold the GIL while another, with the lock, wants it."""
+    code = """
+import gc, threading, time
+import numpy as np
+from structmat import _C
+
+class Slow:
+    def __init__(self): self.cycle = self
+    def __del__(self): time.sleep(0.001)
+
+stream = _C.StreamingSVD(8, 2).update(np.ones((5, 8), np.float32))
+done = threading.Event()
+def poll():
+    while not done.is_set(): stream.rows_seen
+thread = threading.Thread(target=poll)
+thread.start()
+gc.set_threshold(1, 1, 1)
+for _ in range(50):
+    Slow()
+    stream.load_state_dict(stream.state_dict()).result()
+done.set()
+thread.join()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_randomized_svd_of_fields_and_lists():
+    A = normal(12, 5)
+    field = np.zeros(A.shape, [("a", "i1"), ("x", "f8")])
+    field["x"] = A
+    assert np.array_equal(_C.randomized_svd(field["x"], 3)[1], _C.randomized_svd(A, 3)[1])
+    for found, want in zip(_C.randomized_svd((A, A.T), 5), (A, A.T), strict=True):
+        close(found[1], np.linalg.svd(want, compute_uv=False), np.float64)
+        assert found[3]["converged"] is True
+
+
+def test_streaming_svd_loads_a_file(tmp_path):
+    stream = _C.StreamingSVD(3, 2, dtype="d").update(normal(9, 3))
+    np.savez(tmp_path / "state.npz", **stream.state_dict())
+    with np.load(tmp_path / "state.npz") as state:
+        again = _C.StreamingSVD(3, 2, dtype="d").load_state_dict(state)
+    assert np.array_equal(again.result()[1], stream.result()[1])
+
+
+def test_svd_tail_with_any_oversample():
+    A = normal(9, 7)
+    S = _C.svd_tail(A, 2, oversample=2**62)[1]
+    close(S, np.linalg.svd(A, compute_uv=False)[-2:], np.float64)
+
+
 ONES = np.ones((4, 3))
 STREAM = _C.StreamingSVD(3, 2, dtype="d")
 
@@ -211,7 +264,24 @@ STREAM = _C.StreamingSVD(3, 2, dtype="d")
         (lambda: _C.svd_tail(ONES, 1, oversample=-1), ValueError, "oversample is -1"),
         (lambda: _C.svd_tail(ONES[:0], 1), ValueError, "svd_tail: A is empty"),
         (lambda: _C.svd_tail(ONES * np.nan, 1), np.linalg.LinAlgError, "svd_tail: A contains NaN"),
-        (lambda: _C.StreamingSVD(3, 4), ValueError, "rank is 4 of 3 columns"),
+        (lambda: _C.randomized_svd(None, 1), TypeError, "A must be an array, got NoneType"),
+        (lambda: _C.randomized_svd([[1.0]], 1), TypeError, "item 0: A must be an array, got list"),
+        (lambda: _C.randomized_svd([ONES, ONES[:1]], 2), ValueError, "item 1: rank is 2, wanted"),
+        (
+            lambda: _C.randomized_svd([ONES, ONES * np.nan], 1),
+            np.linalg.LinAlgError,
+            "randomized_svd: item 1: A contains NaN",
+        ),
+        (lambda: _C.randomized_svd(ONES, 1, seed=2**63), ValueError, "seed is 9223372036854775808"),
+        (lambda: _C.gaussian(2, 2, seed=-1), ValueError, "gaussian: seed is -1"),
+        (lambda: _C.range_step([ONES], [ONES]), ValueError, "range_step: item 0: A has shape"),
+        (lambda: STREAM.load_state_dict(3), TypeError, "state must be a mapping, got int"),
+        (
+            lambda: STREAM.load_state_dict(STREAM.state_dict() | {"rows_seen": np.array(-1)}),
+            ValueError,
+            "rows_seen is -1, wanted 0",
+        ),
+        (lambda: _C.StreamingSVD(3, 4), ValueError, "^StreamingSVD: rank is 4 of 3 columns"),
         (lambda: _C.StreamingSVD(3, 2, decay=0.0), ValueError, "decay is 0"),
         (lambda: _C.StreamingSVD(3, 2, dtype="i4"), TypeError, "dtype must be float32"),
         (lambda: STREAM.update(ONES[:, :2]), ValueError, r"rows have shape \(4, 2\), wanted"),

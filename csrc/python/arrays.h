@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "structmat/error.h"
 #include "structmat/linalg.h"
 #include "structmat/svd.h"
 
@@ -36,6 +37,56 @@ inline pybind11::array readable(const pybind11::array& a) {
   return fine ? a : a.attr("copy")().cast<pybind11::array>();
 }
 
+inline std::string type_name(const pybind11::handle& value) {
+  namespace py = pybind11;
+  return py::str(py::type::of(value).attr("__name__")).cast<std::string>();
+}
+
+inline bool is_list(const pybind11::object& value) {
+  return pybind11::isinstance<pybind11::list>(value) ||
+         pybind11::isinstance<pybind11::tuple>(value);
+}
+
+// An integer from 0 to 2^63 - 1.
+inline std::int64_t natural(const pybind11::object& value, const std::string& op,
+                            const char* name) {
+  namespace py = pybind11;
+  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  if (!index) {
+    PyErr_Clear();
+    throw py::type_error(op + ": " + name + " must be an integer, got " + type_name(value));
+  }
+  int overflow = 0;
+  const std::int64_t found = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  if (overflow != 0 || found < 0)
+    throw py::value_error(op + ": " + name + " is " + py::str(index).cast<std::string>() +
+                          ", wanted 0 to 2^63 - 1");
+  return found;
+}
+inline std::uint64_t seed_of(const pybind11::object& seed, const std::string& op) {
+  return static_cast<std::uint64_t>(natural(seed, op, "seed"));
+}
+
+// What `call` returns. Errors of the core, "function: what", begin with `op` instead.
+template <class Call>
+auto named(const std::string& op, const Call& call) {
+  const auto message = [&](const Error& e) {
+    const std::string what = e.what();
+    const std::size_t colon = what.find(':');
+    return op + (colon == std::string::npos ? ": " + what : what.substr(colon));
+  };
+  try {
+    return call();
+  } catch (const LinAlgError& e) {
+    throw LinAlgError(message(e));
+  } catch (const Error& e) {
+    throw Error(message(e));
+  }
+}
+inline std::string item_of(const char* op, std::size_t i) {
+  return std::string(op) + ": item " + std::to_string(i);
+}
+
 // A matrix to read; keeps its memory alive.
 struct Matrix {
   pybind11::array array;
@@ -44,8 +95,7 @@ struct Matrix {
   Matrix(const pybind11::object& from, const std::string& op, const char* name) {
     namespace py = pybind11;
     if (!py::isinstance<py::array>(from))
-      throw py::type_error(op + ": " + name + " must be an array, got " +
-                           py::str(py::type::of(from).attr("__name__")).cast<std::string>());
+      throw py::type_error(op + ": " + name + " must be an array, got " + type_name(from));
     const py::array a = py::reinterpret_borrow<py::array>(from);
     const DType dtype = dtype_of_array(a.dtype(), op, name);
     if (a.ndim() != 2)
@@ -81,6 +131,7 @@ inline pybind11::dict facts_of(const SvdInfo& info) {
   facts["norm"] = info.norm;
   facts["rank"] = static_cast<std::int64_t>(info.rank);
   facts["sweeps"] = static_cast<std::int64_t>(info.sweeps);
+  facts["converged"] = info.converged != 0;
   return facts;
 }
 

@@ -20,8 +20,10 @@ Context with_threads(int threads) {
   return context;
 }
 
-py::object orthonormalize(const py::object& Y, std::uint64_t seed, bool return_rank, int threads) {
+py::object orthonormalize(const py::object& Y, const py::object& seed, bool return_rank,
+                          int threads) {
   const Matrix y(Y, "orthonormalize", "Y");
+  const std::uint64_t from = seed_of(seed, "orthonormalize");
   const DType dtype = result_dtype(y.view.dtype);
   py::array q, residual;
   const MatrixView q_view = new_matrix(q, dtype, y.view.rows, y.view.cols);
@@ -29,7 +31,7 @@ py::object orthonormalize(const py::object& Y, std::uint64_t seed, bool return_r
   std::int64_t rank = 0;
   {
     const py::gil_scoped_release release;
-    structmat::orthonormalize(with_threads(threads), y.view, seed, q_view, r_view);
+    structmat::orthonormalize(with_threads(threads), y.view, from, q_view, r_view);
     const double eps = dtype == DType::f64 ? std::numeric_limits<double>::epsilon()
                                            : std::numeric_limits<float>::epsilon();
     const auto* left = static_cast<const double*>(r_view.data);
@@ -79,10 +81,16 @@ struct Step {
   }
 };
 
-void run(std::vector<Step>& steps, std::uint64_t seed, int threads) {
+void run(std::vector<Step>& steps, bool listed, std::uint64_t seed, int threads) {
   std::vector<double> finite(steps.size());
   std::vector<RangeStep> problems;
-  for (std::size_t i = 0; i < steps.size(); ++i) problems.push_back(steps[i].problem(&finite[i]));
+  const auto name = [&](std::size_t i) {
+    return listed ? item_of("range_step", i) : std::string("range_step");
+  };
+  for (std::size_t i = 0; i < steps.size(); ++i) {
+    problems.push_back(steps[i].problem(&finite[i]));
+    named(name(i), [&] { return range_step_workspace(Context(), &problems[i], 1); });  // its checks
+  }
   {
     const py::gil_scoped_release release;
     structmat::range_step(with_threads(threads), problems.data(),
@@ -90,18 +98,16 @@ void run(std::vector<Step>& steps, std::uint64_t seed, int threads) {
   }
   for (std::size_t i = 0; i < steps.size(); ++i)
     if (finite[i] == 0)
-      throw LinAlgError("range_step: A or Q contains NaN or Inf, or a product overflows" +
-                        (steps.size() > 1 ? ", in item " + std::to_string(i) : std::string()));
+      throw LinAlgError(name(i) + ": A or Q contains NaN or Inf, or a product overflows");
 }
 
-py::object range_step(const py::object& A, const py::object& Q, std::uint64_t seed, int threads) {
-  const auto listed = [](const py::object& o) {
-    return py::isinstance<py::list>(o) || py::isinstance<py::tuple>(o);
-  };
+py::object range_step(const py::object& A, const py::object& Q, const py::object& seed,
+                      int threads) {
+  const std::uint64_t from = seed_of(seed, "range_step");
   std::vector<Step> steps;
-  if (!listed(A) || !listed(Q)) {
+  if (!is_list(A) || !is_list(Q)) {
     steps.emplace_back(A, Q, "range_step");
-    run(steps, seed, threads);
+    run(steps, false, from, threads);
     return py::make_tuple(steps[0].p, steps[0].next, steps[0].b);
   }
   const py::list as(A), qs(Q);
@@ -109,16 +115,17 @@ py::object range_step(const py::object& A, const py::object& Q, std::uint64_t se
     throw py::value_error("range_step: A is a list of " + std::to_string(as.size()) + ", Q of " +
                           std::to_string(qs.size()));
   for (std::size_t i = 0; i < as.size(); ++i)
-    steps.emplace_back(as[i], qs[i], "range_step: item " + std::to_string(i));
-  run(steps, seed, threads);
+    steps.emplace_back(as[i], qs[i], item_of("range_step", i));
+  run(steps, true, from, threads);
   py::list found;
   for (const Step& s : steps) found.append(py::make_tuple(s.p, s.next, s.b));
   return found;
 }
 
 py::tuple svd_tail(const py::object& A, std::int64_t rank, std::optional<std::int64_t> oversample,
-                   std::uint64_t seed, int threads) {
+                   const py::object& seed, int threads) {
   const Matrix a(A, "svd_tail", "A");
+  const SvdTailOptions options{rank, oversample, seed_of(seed, "svd_tail")};
   // A rank out of range is refused before anything is written.
   const std::int64_t k = std::clamp<std::int64_t>(rank, 0, std::min(a.view.rows, a.view.cols));
   const DType dtype = result_dtype(a.view.dtype);
@@ -129,8 +136,7 @@ py::tuple svd_tail(const py::object& A, std::int64_t rank, std::optional<std::in
   SvdInfo info{};
   {
     const py::gil_scoped_release release;
-    structmat::svd_tail(with_threads(threads), a.view, {rank, oversample, seed}, u_view, s_view,
-                        vh_view, &info);
+    structmat::svd_tail(with_threads(threads), a.view, options, u_view, s_view, vh_view, &info);
   }
   return py::make_tuple(u, s, vh, facts_of(info));
 }

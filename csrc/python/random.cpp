@@ -3,6 +3,7 @@
 
 #include <pybind11/numpy.h>
 
+#include "arrays.h"
 #include "bindings.h"
 
 namespace py = pybind11;
@@ -23,8 +24,9 @@ py::array gaussian_of(std::int64_t rows, std::int64_t cols, std::uint64_t seed,
   return out;
 }
 
-py::array gaussian(std::int64_t rows, std::int64_t cols, std::uint64_t seed, std::uint32_t stream,
-                   const py::object& type, int threads) {
+py::array gaussian(std::int64_t rows, std::int64_t cols, const py::object& seed_object,
+                   std::uint32_t stream, const py::object& type, int threads) {
+  const std::uint64_t seed = seed_of(seed_object, "gaussian");
   const py::dtype dtype = py::dtype::from_args(type);
   if (dtype.equal(py::dtype::of<double>()))
     return gaussian_of<double>(rows, cols, seed, stream, threads);

@@ -22,27 +22,25 @@ std::string tuple_of(std::int64_t rows, std::int64_t cols) {
   return "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")";
 }
 
-// structmat.linalg.StreamingSVD on arrays. A lock keeps threads of Python apart: the GIL is
-// released while the core works.
+// structmat.linalg.StreamingSVD on arrays. A lock keeps threads of Python apart; it is taken and
+// held without the GIL only, so that no thread with the one waits for a thread with the other.
 class StreamingSvd {
  public:
-  StreamingSvd(std::int64_t n, std::int64_t rank, double decay, bool center, std::uint64_t seed,
+  StreamingSvd(std::int64_t n, std::int64_t rank, double decay, bool center, const py::object& seed,
                const py::object& dtype, int threads)
-      : seed_(seed), dtype_(dtype_of_array(py::dtype::from_args(dtype), "StreamingSVD", "dtype")) {
+      : seed_(seed_of(seed, "StreamingSVD")),
+        shape_(named("StreamingSVD", [&] { return streaming_svd_shape(n, rank); })),
+        dtype_(dtype_of_array(py::dtype::from_args(dtype), "StreamingSVD", "dtype")) {
     if (!(decay > 0 && decay <= 1))
       throw py::value_error("StreamingSVD: decay is " + std::to_string(decay) +
                             ", wanted more than 0 and at most 1");
-    if (seed >> 63 != 0)
-      throw py::value_error("StreamingSVD: seed is " + std::to_string(seed) +
-                            ", wanted 0 to 2^63 - 1");
-    const StreamingSvdShape shape = streaming_svd_shape(n, rank);
     context_.threads = threads;
     state_.rank = rank;
     state_.decay = decay;
     state_.center = center;
-    buffer_.resize(static_cast<std::size_t>(shape.chunk * n) * size_of(dtype_));
-    parts_ = Parts(shape.keep, n);
-    state_.buffer = {buffer_.data(), dtype_, shape.chunk, n, n};
+    buffer_.resize(static_cast<std::size_t>(shape_.chunk * n) * size_of(dtype_));
+    parts_ = Parts(shape_.keep, n);
+    state_.buffer = {buffer_.data(), dtype_, shape_.chunk, n, n};
     show(state_, parts_);
   }
   StreamingSvd(const StreamingSvd&) = delete;
@@ -60,7 +58,7 @@ class StreamingSvd {
     const py::gil_scoped_release release;
     const std::lock_guard lock(mutex_);
     check_finite(op, m.view);
-    streaming_svd_update(context_, state_, m.view);
+    named(op, [&] { streaming_svd_update(context_, state_, m.view); });
   }
 
   void merge(const StreamingSvd& other) {
@@ -93,11 +91,11 @@ class StreamingSvd {
     copy.buffer.data = buffer.data();
     show(copy, parts);
     const std::lock_guard lock(mutex_);
-    streaming_svd_merge(context_, state_, copy);
+    named(op, [&] { streaming_svd_merge(context_, state_, copy); });
   }
 
   py::tuple result() const {
-    require_rows("StreamingSVD.result");
+    const std::string op = "StreamingSVD.result";
     py::array s, vh;
     const DType dtype = result_dtype(dtype_);
     const VectorView s_view = new_vector(s, dtype, state_.rank);
@@ -106,53 +104,68 @@ class StreamingSvd {
     {
       const py::gil_scoped_release release;
       const std::lock_guard lock(mutex_);
+      require_rows(op);
       Parts parts = parts_;
-      streaming_svd_result(context_, folded(parts), seed_, s_view, vh_view, &info);
+      named(op,
+            [&] { streaming_svd_result(context_, folded(parts), seed_, s_view, vh_view, &info); });
     }
     return py::make_tuple(s, vh, facts_of(info));
   }
 
   py::array mean() const {
-    require_rows("StreamingSVD.mean");
+    const std::string op = "StreamingSVD.mean";
     Parts parts;
     {
       const py::gil_scoped_release release;
       const std::lock_guard lock(mutex_);
+      require_rows(op);
       parts = parts_;
-      folded(parts);
+      named(op, [&] { folded(parts); });
     }
     return py::array_t<double>(static_cast<py::ssize_t>(parts.mean.size()), parts.mean.data())
         .attr("astype")(numpy_dtype(result_dtype(dtype_)));
   }
 
   py::dict state_dict() const {
-    const std::lock_guard lock(mutex_);
     const std::int64_t n = state_.buffer.cols;
+    std::vector<unsigned char> rows;
+    Parts parts;
+    std::int64_t seen = 0, buffered = 0;
+    {
+      const py::gil_scoped_release release;
+      const std::lock_guard lock(mutex_);
+      seen = state_.rows;
+      buffered = state_.buffered;
+      rows.assign(buffer_.begin(),
+                  buffer_.begin() + buffered * n * static_cast<std::int64_t>(size_of(dtype_)));
+      parts = parts_;
+    }
     py::array buffer;
-    const MatrixView to = new_matrix(buffer, dtype_, state_.buffered, n);
-    if (state_.buffered > 0)
-      std::memcpy(to.data, buffer_.data(),
-                  static_cast<std::size_t>(state_.buffered * n) * size_of(dtype_));
+    const MatrixView to = new_matrix(buffer, dtype_, buffered, n);
+    if (buffered > 0) std::memcpy(to.data, rows.data(), rows.size());
     const auto wide = [](const std::vector<double>& from, std::vector<std::int64_t> shape) {
       return py::array_t<double>(std::move(shape), from.data());
     };
     const py::object scalar = py::module_::import("numpy").attr("array");
     py::dict state;
     state["buffer"] = buffer;
-    state["factor"] = wide(parts_.factor, {state_.factor.rows, n});
-    state["mean"] = wide(parts_.mean, {n});
-    state["facts"] = wide(parts_.facts, {2});
+    state["factor"] = wide(parts.factor, {shape_.keep, n});
+    state["mean"] = wide(parts.mean, {n});
+    state["facts"] = wide(parts.facts, {2});
     state["n_features"] = scalar(n);
     state["rank"] = scalar(state_.rank);
     state["decay"] = scalar(state_.decay);
     state["center"] = scalar(state_.center);
     state["seed"] = scalar(static_cast<std::int64_t>(seed_));
-    state["rows_seen"] = scalar(state_.rows);
+    state["rows_seen"] = scalar(seen);
     return state;
   }
 
-  void load_state_dict(const py::dict& state) {
+  void load_state_dict(const py::object& mapping) {
     const std::string op = "StreamingSVD.load_state_dict";
+    if (!py::hasattr(mapping, "keys") || !py::hasattr(mapping, "__getitem__"))
+      throw py::type_error(op + ": state must be a mapping, got " + type_name(mapping));
+    const py::dict state(mapping);
     check_names(op, state);
     const auto number = [&](const char* name) {
       const py::array value = py::array::ensure(state[name]);
@@ -174,10 +187,9 @@ class StreamingSvd {
     same("center", py::bool_(state_.center));
     same("seed", py::int_(seed_));
     const py::object seen = number("rows_seen");
-    if (!py::isinstance<py::int_>(seen)) throw py::value_error(op + ": rows_seen is no integer");
-    const auto rows = seen.cast<std::int64_t>();
+    const std::int64_t rows = natural(seen, op, "rows_seen");
 
-    Parts parts(state_.factor.rows, n);
+    Parts parts(shape_.keep, n);
     const auto read = [&](const char* name, DType dtype, std::int64_t height, std::int64_t width,
                           void* to) {
       const py::array a = array_of(op, state, name, dtype);
@@ -191,7 +203,7 @@ class StreamingSvd {
       check_finite(op + ": " + name, {a.data(), dtype, found, width, width, 1}, true);
       std::memcpy(to, a.data(), static_cast<std::size_t>(found * width * size));
     };
-    read("factor", DType::f64, state_.factor.rows, n, parts.factor.data());
+    read("factor", DType::f64, shape_.keep, n, parts.factor.data());
     read("mean", DType::f64, 0, n, parts.mean.data());
     read("facts", DType::f64, 0, 2, parts.facts.data());
     if (parts.facts[0] < 0 || parts.facts[1] < 0 || (parts.facts[1] > 0 && dtype_ != DType::f64))
@@ -200,11 +212,12 @@ class StreamingSvd {
     const std::int64_t buffered = first.ndim() == 2 ? first.shape(0) : -1;
     if (buffered < 0 || first.shape(1) != n)
       throw py::value_error(op + ": buffer has another shape than (b, " + std::to_string(n) + ")");
-    if (buffered >= state_.buffer.rows || buffered > rows)
+    if (buffered >= shape_.chunk || buffered > rows)
       throw py::value_error(op + ": " + std::to_string(buffered) + " rows of " +
                             std::to_string(rows) + " are in the buffer, wanted fewer");
     std::vector<unsigned char> buffer(buffer_.size());
     if (buffered > 0) read("buffer", dtype_, buffered, n, buffer.data());
+    const py::gil_scoped_release release;
     const std::lock_guard lock(mutex_);
     buffer_ = std::move(buffer);
     parts_ = std::move(parts);
@@ -221,6 +234,7 @@ class StreamingSvd {
   std::uint64_t seed() const { return seed_; }
   py::dtype dtype() const { return numpy_dtype(dtype_); }
   std::int64_t rows_seen() const {
+    const py::gil_scoped_release release;
     const std::lock_guard lock(mutex_);
     return state_.rows;
   }
@@ -251,8 +265,9 @@ class StreamingSvd {
     return copy;
   }
 
-  void require_rows(const char* op) const {
-    if (rows_seen() == 0) throw py::value_error(std::string(op) + ": no rows were seen yet");
+  // Under the lock.
+  void require_rows(const std::string& op) const {
+    if (state_.rows == 0) throw Error(op + ": no rows were seen yet");
   }
 
   void check_rows(const std::string& op, DType dtype, std::int64_t rows, std::int64_t cols) const {
@@ -276,15 +291,17 @@ class StreamingSvd {
   void update_csr(const py::object& rows, const std::string& op) {
     if (!py::hasattr(rows, "format") || !py::object(rows.attr("format")).equal(py::str("csr")))
       throw py::type_error(op + ": sparse rows must be in CSR format; see tocsr()");
-    const auto starts = Int64s::ensure(rows.attr("indptr"));
-    const auto columns = Int64s::ensure(rows.attr("indices"));
+    const py::tuple shape(rows.attr("shape"));
+    if (shape.size() != 2)
+      throw py::value_error(op + ": rows must have 2 dimensions, got " +
+                            std::to_string(shape.size()));
+    const Int64s starts = indices_of(rows, "indptr", op), columns = indices_of(rows, "indices", op);
     const py::array data = py::array::ensure(rows.attr("data"));
-    if (!starts || !columns || !data || starts.ndim() != 1 || columns.ndim() != 1 ||
-        data.ndim() != 1 || starts.size() < 1)
+    if (!data || starts.ndim() != 1 || columns.ndim() != 1 || data.ndim() != 1 || starts.size() < 1)
       throw py::value_error(op + ": the parts of CSR rows must be vectors");
     const DType dtype = dtype_of_array(data.dtype(), op, "rows");
     const std::int64_t count = starts.size() - 1;
-    check_rows(op, dtype, count, rows.attr("shape").attr("__getitem__")(1).cast<std::int64_t>());
+    check_rows(op, dtype, count, natural(shape[1], op, "the width of rows"));
     const py::array values = py::module_::import("numpy").attr("ascontiguousarray")(readable(data));
     const std::int64_t* const start = starts.data();
     const std::int64_t* const column = columns.data();
@@ -303,7 +320,16 @@ class StreamingSvd {
     const py::gil_scoped_release release;
     const std::lock_guard lock(mutex_);
     check_finite(op, {view.values, dtype, 1, stored, stored, 1});
-    streaming_svd_update(context_, state_, view);
+    named(op, [&] { streaming_svd_update(context_, state_, view); });
+  }
+
+  static Int64s indices_of(const py::object& rows, const char* name, const std::string& op) {
+    const py::array found = py::array::ensure(rows.attr(name));
+    const char kind = found ? found.dtype().kind() : 'O';
+    if (kind != 'i' && kind != 'u')
+      throw py::type_error(op + ": " + name + " of CSR rows must be integers" +
+                           (found ? ", got " + py::str(found.dtype()).cast<std::string>() : ""));
+    return Int64s(found);
   }
 
   static void check_names(const std::string& op, const py::dict& state) {
@@ -332,6 +358,7 @@ class StreamingSvd {
 
   Context context_;
   const std::uint64_t seed_;
+  const StreamingSvdShape shape_;
   const DType dtype_;
   std::vector<unsigned char> buffer_;
   Parts parts_;
@@ -343,7 +370,7 @@ class StreamingSvd {
 
 void register_streaming_svd(py::module_& m) {
   py::class_<StreamingSvd>(m, "StreamingSVD", "structmat.linalg.StreamingSVD on NumPy arrays.")
-      .def(py::init<std::int64_t, std::int64_t, double, bool, std::uint64_t, const py::object&,
+      .def(py::init<std::int64_t, std::int64_t, double, bool, const py::object&, const py::object&,
                     int>(),
            py::arg("n_features"), py::arg("rank"), py::kw_only(), py::arg("decay") = 1.0,
            py::arg("center") = false, py::arg("seed") = 0,
@@ -366,7 +393,7 @@ void register_streaming_svd(py::module_& m) {
       .def("state_dict", &StreamingSvd::state_dict, "A copy of the state, arrays only.")
       .def(
           "load_state_dict",
-          [](py::object self, const py::dict& state) {
+          [](py::object self, const py::object& state) {
             self.cast<StreamingSvd&>().load_state_dict(state);
             return self;
           },

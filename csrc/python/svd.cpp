@@ -1,107 +1,102 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "structmat/svd.h"
 
-#include <pybind11/numpy.h>
-#include <pybind11/stl.h>
+#include <vector>
 
-#include <algorithm>
-
+#include "arrays.h"
 #include "bindings.h"
+#include "structmat/error.h"
 
 namespace py = pybind11;
 
 namespace structmat::python {
 namespace {
 
-DType dtype_of_array(const py::array& a) {
-  const py::dtype dtype = a.dtype();
-  if (dtype.equal(py::dtype::of<float>())) return DType::f32;
-  if (dtype.equal(py::dtype::of<double>())) return DType::f64;
-  if (dtype.equal(py::dtype("e"))) return DType::f16;
-  throw py::type_error("randomized_svd: A must be float32, float64 or float16, got " +
-                       py::str(dtype).cast<std::string>());
-}
+// A matrix, what its errors begin with, and its decomposition.
+struct Item {
+  std::string name;
+  Matrix a;
+  py::array u, s, vh;
+  SvdInfo info{};
 
-py::dict dict_of(const SvdInfo& info) {
-  py::dict facts;
-  facts["error"] = info.error;
-  facts["norm"] = info.norm;
-  facts["rank"] = static_cast<std::int64_t>(info.rank);
-  facts["sweeps"] = static_cast<std::int64_t>(info.sweeps);
-  facts["converged"] = info.converged != 0;
-  return facts;
-}
+  Item(const py::object& A, std::string what) : name(std::move(what)), a(A, name, "A") {}
 
-template <class T>
-struct Factors {
-  py::array_t<T> u, s, vh;
-
-  Factors(const StridedMatrixView& a, std::int64_t k) : u({a.rows, k}), s(k), vh({k, a.cols}) {}
-  MatrixView u_view() { return {u.mutable_data(), u.shape(0), u.shape(1)}; }
-  VectorView s_view() { return {s.mutable_data(), s.shape(0)}; }
-  MatrixView vh_view() { return {vh.mutable_data(), vh.shape(0), vh.shape(1)}; }
-  py::tuple with(const SvdInfo& info) const { return py::make_tuple(u, s, vh, dict_of(info)); }
+  SvdProblem problem(const SvdOptions& options, std::int64_t k) {
+    const DType dtype = result_dtype(a.view.dtype);
+    SvdProblem problem;
+    problem.a = a.view;
+    problem.options = options;
+    problem.u = new_matrix(u, dtype, a.view.rows, k);
+    problem.s = new_vector(s, dtype, k);
+    problem.vh = new_matrix(vh, dtype, k, a.view.cols);
+    problem.info = &info;
+    return problem;
+  }
+  py::tuple result() const { return py::make_tuple(u, s, vh, facts_of(info)); }
 };
 
-template <class T>
-py::tuple decompose(const Context& context, const StridedMatrixView& a, const SvdOptions& options,
-                    std::optional<double> rtol) {
-  SvdInfo info{};
-  if (rtol) {
+// A list side by side; one matrix has all threads.
+void of_rank(const Context& context, std::vector<Item>& items, const SvdOptions& options) {
+  std::vector<SvdProblem> problems;
+  for (const Item& item : items)  // its checks, before anything is allocated
+    named(item.name, [&] { return randomized_svd_workspace(context, item.a.view, options); });
+  for (Item& item : items) problems.push_back(item.problem(options, options.rank));
+  {
+    const py::gil_scoped_release release;
+    if (items.size() == 1) {
+      const SvdProblem& p = problems[0];
+      named(items[0].name,
+            [&] { randomized_svd(context, p.a, p.options, p.u, p.s, p.vh, p.info); });
+    } else {
+      randomized_svd(context, problems.data(), static_cast<std::int64_t>(problems.size()));
+    }
+  }
+  for (const Item& item : items)
+    if (item.info.finite == 0)
+      throw LinAlgError(item.name + ": A contains NaN or Inf, or a product overflows");
+}
+
+void to_tolerance(const Context& context, std::vector<Item>& items, const SvdOptions& options,
+                  double rtol) {
+  for (Item& item : items) {
     std::optional<SvdToTolerance> found;
     {
       const py::gil_scoped_release release;
-      found.emplace(context, a, *rtol, options);
+      named(item.name, [&] { found.emplace(context, item.a.view, rtol, options); });
     }
-    Factors<T> factors(a, found->rank());
-    found->factors(factors.u_view(), factors.s_view(), factors.vh_view(), &info);
-    return factors.with(info);
-  }
-  // A rank out of range is refused before anything is written.
-  Factors<T> factors(a, std::clamp<std::int64_t>(options.rank, 0, std::min(a.rows, a.cols)));
-  const MatrixView u = factors.u_view(), vh = factors.vh_view();
-  const VectorView s = factors.s_view();
-  {
+    const SvdProblem p = item.problem(options, found->rank());
     const py::gil_scoped_release release;
-    randomized_svd(context, a, options, u, s, vh, &info);
+    named(item.name, [&] { found->factors(p.u, p.s, p.vh, p.info); });
+    found.reset();
   }
-  return factors.with(info);
-}
-
-py::tuple of_array(const py::array& A, std::optional<std::int64_t> rank, std::optional<double> rtol,
-                   SvdOptions options, int threads) {
-  if (A.ndim() != 2)
-    throw py::value_error("randomized_svd: A must have 2 dimensions, got " +
-                          std::to_string(A.ndim()));
-  const DType dtype = dtype_of_array(A);
-  const auto size = static_cast<std::int64_t>(size_of(dtype));
-  if (A.strides(0) % size != 0 || A.strides(1) % size != 0)
-    throw py::value_error("randomized_svd: A's strides are not multiples of its element size");
-  if (rank.has_value() == rtol.has_value())
-    throw py::value_error(std::string("randomized_svd: wanted one of rank and rtol, got ") +
-                          (rank ? "both" : "neither"));
-  const StridedMatrixView a(A.data(), dtype, A.shape(0), A.shape(1), A.strides(0) / size,
-                            A.strides(1) / size);
-  options.rank = rank.value_or(0);
-  Context context;
-  context.threads = threads;
-  return dtype == DType::f64 ? decompose<double>(context, a, options, rtol)
-                             : decompose<float>(context, a, options, rtol);
 }
 
 py::object svd(const py::object& A, std::optional<std::int64_t> rank, std::optional<double> rtol,
                std::optional<std::int64_t> oversample, std::optional<std::int64_t> sweeps,
-               bool center, std::uint64_t seed, int threads) {
+               bool center, const py::object& seed, int threads) {
+  const char* const op = "randomized_svd";
+  if (rank.has_value() == rtol.has_value())
+    throw py::value_error(std::string(op) + ": wanted one of rank and rtol, got " +
+                          (rank ? "both" : "neither"));
   SvdOptions options;
+  options.rank = rank.value_or(0);
   options.oversample = oversample;
   options.sweeps = sweeps;
-  options.seed = seed;
+  options.seed = seed_of(seed, op);
   options.center = center;
-  if (!py::isinstance<py::list>(A)) return of_array(py::array(A), rank, rtol, options, threads);
+  Context context;
+  context.threads = threads;
+  std::vector<Item> items;
+  if (is_list(A)) {
+    for (const py::handle& one : py::list(A))
+      items.emplace_back(py::reinterpret_borrow<py::object>(one), item_of(op, items.size()));
+  } else {
+    items.emplace_back(A, op);
+  }
+  rtol ? to_tolerance(context, items, options, *rtol) : of_rank(context, items, options);
+  if (!is_list(A)) return items[0].result();
   py::list results;
-  for (const py::handle& one : py::list(A))
-    results.append(
-        of_array(py::array(py::reinterpret_borrow<py::object>(one)), rank, rtol, options, threads));
+  for (const Item& item : items) results.append(item.result());
   return results;
 }
 
@@ -113,7 +108,7 @@ void register_svd(py::module_& m) {
         py::arg("sweeps") = py::none(), py::arg("center") = false, py::arg("seed") = 0,
         py::arg("threads") = 0,
         "U, S, Vh and a dict of facts: structmat.linalg.randomized_svd on a NumPy array, or a list "
-        "of them.");
+        "of these for a list.");
 }
 
 }  // namespace structmat::python

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """structmat's core on NumPy arrays, without torch (docs/numpy.md)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, overload
 
 import numpy as np
@@ -23,6 +23,7 @@ class Facts(TypedDict):
     norm: float
     rank: int
     sweeps: int
+    converged: bool
 
 def gaussian(
     rows: int,
@@ -33,15 +34,30 @@ def gaussian(
     dtype: DTypeLike = ...,
     threads: int = 0,
 ) -> Array: ...
+@overload
 def randomized_svd(
     A: Array,
-    rank: int,
+    rank: int | None = None,
     *,
+    rtol: float | None = None,
     oversample: int | None = None,
     sweeps: int | None = None,
+    center: bool = False,
     seed: int = 0,
     threads: int = 0,
 ) -> tuple[Array, Array, Array, Facts]: ...
+@overload
+def randomized_svd(
+    A: list[Array] | tuple[Array, ...],
+    rank: int | None = None,
+    *,
+    rtol: float | None = None,
+    oversample: int | None = None,
+    sweeps: int | None = None,
+    center: bool = False,
+    seed: int = 0,
+    threads: int = 0,
+) -> list[tuple[Array, Array, Array, Facts]]: ...
 def svd_tail(
     A: Array, rank: int, *, oversample: int | None = None, seed: int = 0, threads: int = 0
 ) -> tuple[Array, Array, Array, Facts]: ...
@@ -67,7 +83,11 @@ def range_step(
 ) -> tuple[Array, Array, Array]: ...
 @overload
 def range_step(
-    A: Sequence[Array], Q: Sequence[Array], *, seed: int = 0, threads: int = 0
+    A: list[Array] | tuple[Array, ...],
+    Q: list[Array] | tuple[Array, ...],
+    *,
+    seed: int = 0,
+    threads: int = 0,
 ) -> list[tuple[Array, Array, Array]]: ...
 
 class StreamingSVD:
@@ -102,4 +122,4 @@ class StreamingSVD:
     def merge(self, other: StreamingSVD) -> StreamingSVD: ...
     def result(self) -> tuple[Array, Array, Facts]: ...
     def state_dict(self) -> dict[str, Array]: ...
-    def load_state_dict(self, state: dict[str, Array]) -> StreamingSVD: ...
+    def load_state_dict(self, state: Mapping[str, Array]) -> StreamingSVD: ...

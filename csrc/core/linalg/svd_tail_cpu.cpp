@@ -266,7 +266,8 @@ void svd_tail_as(const Context& context, const StridedMatrixView& a, const SvdTa
   blas::geqrf(to_int(m), to_int(n), y.get(), to_int(m), tau.get());
   for (std::int64_t j = 0; j < n; ++j) std::copy_n(y.get() + j * m, n, rt.get() + j * n);
   Triangle<T> triangle(context, rt.get(), n, k);
-  triangle.find(k + options.oversample.value_or(std::max<std::int64_t>(8, k)), options.seed);
+  const std::int64_t oversample = options.oversample.value_or(std::max<std::int64_t>(8, k));
+  triangle.find(k + std::min(oversample, n - k), options.seed);
 
   const auto left = scratch<T>(m * k), right = scratch<T>(n * k), turned = scratch<T>(m * k);
   std::fill_n(turned.get(), m * k, T{0});
