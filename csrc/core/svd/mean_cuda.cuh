@@ -2,38 +2,11 @@
 // The mean of the rows of a strided matrix, on the device; mean_cpu.h says how.
 #pragma once
 #include "cuda/arena.h"
+#include "svd/column_sums_cuda.cuh"
 #include "svd/mean.h"
-#include "svd/panel_cuda.cuh"
 
 namespace structmat {
 namespace svd_cuda {
-
-// sums[slab, c] <- the sum over a slab of rows of what column c differs from its first entry by,
-// over all rows' number. A block takes `width` columns, one or 32, whichever lie side by side.
-template <class E>
-__global__ void __launch_bounds__(kThreads)
-    sum_rows_kernel(const E* data, std::int64_t rows, std::int64_t cols, std::int64_t row_stride,
-                    std::int64_t col_stride, int width, double* sums) {
-  __shared__ double all[kThreads];
-  const int lane = static_cast<int>(threadIdx.x) % width;
-  const int row = static_cast<int>(threadIdx.x) / width, step = kThreads / width;
-  const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * width + lane;
-  const std::int64_t slab = (rows + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * slab;
-  const std::int64_t end = begin + slab < rows ? begin + slab : rows;
-  double sum = 0;
-  if (c < cols) {
-    const E* const column = data + c * col_stride;
-    const double first = static_cast<double>(to_float(column[0]));
-    for (std::int64_t r = begin + row; r < end; r += step)
-      sum += static_cast<double>(to_float(column[r * row_stride])) - first;
-  }
-  all[threadIdx.x] = sum;
-  for (int half = step / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (row < half) all[threadIdx.x] += all[threadIdx.x + half * width];
-  }
-  if (row == 0 && c < cols) sums[blockIdx.y * cols + c] = all[lane] / static_cast<double>(rows);
-}
 
 template <class E, class T>
 __global__ void __launch_bounds__(kThreads)
@@ -63,8 +36,8 @@ struct Mean {
       const E* const data = static_cast<const E*>(a.data);
       const int width = a.col_stride == 1 ? 32 : 1;
       const unsigned slabs = slab_count(a.rows);
-      SM_LAUNCH(sum_rows_kernel<E>, dim3(tiles(a.cols, width), slabs), kThreads, 0, stream, data,
-                a.rows, a.cols, a.row_stride, a.col_stride, width, sums);
+      SM_LAUNCH((column_sums_kernel<E, true>), dim3(tiles(a.cols, width), slabs), kThreads, 0,
+                stream, data, a.rows, a.cols, a.row_stride, a.col_stride, width, sums);
       SM_LAUNCH((mean_kernel<E, T>), tiles(a.cols, kThreads), kThreads, 0, stream, data, a.cols,
                 a.col_stride, sums, static_cast<int>(slabs), high, low);
     });

@@ -75,20 +75,21 @@ class Operand {
 
  private:
   void product(bool transposed, Panel<T> x, Panel<T> y, Norm* norm) const {
-    Sweep sweep = stored_;
-    sweep.norm = norm;
     if (transposed)
-      STRUCTMAT_SIMD_CALL(sweep_transposed, context_, sweep, x, y);
+      STRUCTMAT_SIMD_CALL(sweep_transposed, context_, measuring(norm), x, y);
     else
-      STRUCTMAT_SIMD_CALL(sweep, context_, sweep, x, y);
+      STRUCTMAT_SIMD_CALL(sweep, context_, measuring(norm), x, y);
   }
   void random_product(bool transposed, std::uint64_t seed, Panel<T> y, Norm* norm) const {
+    if (transposed)
+      STRUCTMAT_SIMD_CALL(sweep_sketch_transposed, context_, measuring(norm), seed, y);
+    else
+      STRUCTMAT_SIMD_CALL(sweep_sketch, context_, measuring(norm), seed, y);
+  }
+  Sweep measuring(Norm* norm) const {
     Sweep sweep = stored_;
     sweep.norm = norm;
-    if (transposed)
-      STRUCTMAT_SIMD_CALL(sweep_sketch_transposed, context_, sweep, seed, y);
-    else
-      STRUCTMAT_SIMD_CALL(sweep_sketch, context_, sweep, seed, y);
+    return sweep;
   }
 
   static StridedMatrixView transpose(const StridedMatrixView& b) {

@@ -296,14 +296,8 @@ class CpuEngine {
   // double it takes 1.7 times as long.
   bool sees_rounding() const {
     if (sizeof(T) == 8 || keeps_digits_) return false;
-    double tail = 0;
-    for (std::int64_t i = plan_.rank; i < basis_; ++i) {
-      const double value = static_cast<double>(sigma_[i]) / norm_.value();
-      tail += value * value;
-    }
-    if (!plan_.complete)
-      tail += std::max(0.0, missed<T>(plan_.tall, captured_.value() / norm_.value()));
-    return !(tail > 1e-6);
+    const double norm = norm_.value(), captured = captured_.value();
+    return !(svd_info(plan_, sigma_.get(), norm, captured, 0.0).error > 1e-3);
   }
   Norm* unmeasured() { return measured_ ? nullptr : &norm_; }
   void check_finite() {
