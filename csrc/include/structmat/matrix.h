@@ -74,6 +74,15 @@ struct ConstMatrixView {
       : ConstMatrixView(data, dtype_of<T>(), rows, cols, cols) {}
 };
 
+// A 4-D array read through its strides, which are in elements and may be anything: element
+// (a, b, c, d) lies at data[a * strides[0] + b * strides[1] + c * strides[2] + d * strides[3]].
+struct ConstArrayView {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t sizes[4] = {0, 0, 0, 0};
+  std::int64_t strides[4] = {0, 0, 0, 0};
+};
+
 // A contiguous vector; `data == nullptr` stands for "none" where an argument is optional.
 struct VectorView {
   void* data = nullptr;
