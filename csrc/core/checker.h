@@ -42,7 +42,10 @@ class Checker {
 
   static std::string shape(const ConstArrayView& a) {
     std::string text;
-    for (std::int64_t size : a.sizes) text += (text.empty() ? '(' : ',') + std::to_string(size);
+    for (std::int64_t size : a.sizes) {
+      text += text.empty() ? "(" : ", ";
+      text += std::to_string(size);
+    }
     return text + ')';
   }
 
