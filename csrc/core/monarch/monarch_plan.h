@@ -49,8 +49,8 @@ inline SumPlan sum_plan(std::int64_t batches, std::int64_t rows, std::int64_t co
   SumPlan plan;
   plan.split = cuda::split_sum(batches, rows, cols, tokens, device.multiprocessors);
   if (plan.split.count > 1)
-    plan.partial_bytes = aligned(static_cast<std::size_t>(plan.split.count * batches * rows * cols) *
-                                 sum_size(dtype));
+    plan.partial_bytes = aligned(
+        static_cast<std::size_t>(plan.split.count * batches * rows * cols) * sum_size(dtype));
   return plan;
 }
 
@@ -67,8 +67,8 @@ inline BackwardPlan backward_plan(const Sizes& s, std::int64_t tokens, DType dty
   plan.hidden_bytes = aligned(static_cast<std::size_t>(tokens * s.hidden()) * size_of(dtype));
   plan.w1 = sum_plan(s.K, s.Q, s.I, tokens, dtype, device);
   plan.w2 = sum_plan(s.J, s.L, s.S, tokens, dtype, device);
-  plan.partial_bytes = std::max({plan.w1.partial_bytes, plan.w2.partial_bytes,
-                                 cuda::column_sum_bytes(tokens, s.m(), dtype)});
+  plan.partial_bytes = std::max(
+      {plan.w1.partial_bytes, plan.w2.partial_bytes, cuda::column_sum_bytes(tokens, s.m(), dtype)});
   plan.workspace_bytes = plan.hidden_bytes + plan.partial_bytes;
   return plan;
 }
