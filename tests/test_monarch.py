@@ -30,7 +30,7 @@ SIZES = [
 ]
 # On the CPU alone: one token and a few, several tiles of each kind, blocks smaller than a vector.
 LARGE = [
-    (1, 64, 64, 1, 64, 64),
+    (1, 24, 24, 1, 64, 64),
     (2, 16, 16, 16, 96, 100),
     (13, 16, 8, 20, 70, 130),
     (70, 2, 2, 300, 600, 500),
@@ -330,6 +330,7 @@ def test_transforms_check_arguments() -> None:
         torch.func.vmap(sm.ops.monarch_linear, (0, None, None))(x + 0j, W1 + 0j, W2 + 0j)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], indirect=True)
 def test_opcheck(dtype: torch.dtype) -> None:
     ops = torch.ops.structmat
     plain = arguments((5, 2, 3, 2, 4, 2), dtype, "cpu", layout="contiguous")

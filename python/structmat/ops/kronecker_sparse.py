@@ -77,19 +77,21 @@ def kronecker_sparse_linear(
         factors = list(factors)
         if torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
             x, bias, *factors = autocast(x, bias, *factors)
-        if not factors or (needs_composition() and not is_tracing()):
+        composes = needs_composition()
+        if not factors or (composes and not is_tracing()):
             _check(x, factors, bias)
         y, rest = x, list(factors)
         while rest:
             first = rest.pop(0)
-            second = rest.pop(0) if rest and _is_monarch(first, rest[0]) else None
+            pair = not composes and rest and _is_monarch(first, rest[0])
+            second = rest.pop(0) if pair else None
             last = None if rest else bias
             if second is None:
                 y = product(y, first, last, _NONE)
             else:
                 y = _monarch(y, first, second, last)
         return y
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, AttributeError, TypeError, ValueError):
         _check(x, factors, bias)  # says what was wrong, where it was the arguments
         raise
 
