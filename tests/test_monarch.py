@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import reference
@@ -421,12 +422,14 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, threads: int) -
             assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.parametrize("level", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("level", ["avx2", "baseline"])
 def test_other_instruction_sets(level: str) -> None:
-    names = ["test_forward_and_gradients", "test_several_tiles", "test_layouts"]
-    tests = [f"{__file__}::{name}" for name in names]
+    other = Path(__file__).with_name("test_kronecker_sparse.py")
+    tests = [f"{__file__}::test_{name}" for name in ("forward_and_gradients", "layouts")]
+    tests += [f"{file}::test_several_tiles" for file in (__file__, other)]
+    tests += [f"{other}::test_single_factors"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--backend", "cpu", "-p", "no:cacheprovider",
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not cuda", "-p", "no:cacheprovider",
          *tests],
         env={**os.environ, "STRUCTMAT_SIMD": level},
         capture_output=True,
