@@ -85,11 +85,12 @@ struct MmaTile {
   };
 };
 
-// `shared_by` batches of a block share packs of C.
+// A block takes as many batches as share packs of C; large tiles are not for such.
 template <class T, class S, Way kWayA, Way kWayB, bool kTall>
 __global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
-    mma_product_kernel(StridedProduct p, bool c_packs, int shared_by) {
+    mma_product_kernel(StridedProduct p, bool c_packs, int batches_of_pack) {
   using Shared = MmaTile<T, S, kWayA, kWayB, kTall>;
+  const int shared_by = S::kRows > 64 ? 1 : batches_of_pack;
   constexpr int kThreads = S::kThreads, kA = S::kA, kB = S::kB;
   SM_DYNAMIC_SHARED(Shared, shared);
   T* const packs = reinterpret_cast<T*>(shared + 1);  // of C, where batches share them
