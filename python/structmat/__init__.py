@@ -15,7 +15,7 @@ torch.ops.load_library(_spec.origin)
 # For CMake: -DCMAKE_PREFIX_PATH=$(structmat-config --cmake-prefix)
 cmake_prefix_path = str(Path(_spec.origin).parent / "lib" / "cmake")
 
-from . import linalg, nn, ops  # noqa: E402  (register the fakes of the operators just loaded)
+from . import linalg, monarch, nn, ops  # noqa: E402  (register the fakes of the operators just loaded)
 from .compress import (  # noqa: E402
     CompressionReport,
     LayerReport,
@@ -33,6 +33,7 @@ __all__ = [
     "compress",
     "linalg",
     "load_pretrained",
+    "monarch",
     "nn",
     "ops",
     "save_pretrained",
