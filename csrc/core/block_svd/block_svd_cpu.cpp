@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block's right vectors are the eigenvectors of its Gram matrix, A = U S Vh from A V = U S. All of
-// it is done in double, one block a thread. For blocks of up to fp32 nothing is lost by squaring:
-// a value is off by eps64 S[0]^2 / S[i] at most, below fp32's rounding of S[0] down to S[i] = 1e-8
-// S[0], and what is smaller than that is itself below it. Blocks of double take LAPACK's SVD where
-// S[rank - 1] < S[0] / 32.
+// A block's right vectors are the eigenvectors of its Gram matrix, A = U S Vh from A V = U S. All
+// of it is done in double, one block a thread. For blocks of up to fp32 nothing is lost by
+// squaring: a value is off by eps64 S[0]^2 / S[i] at most, below fp32's rounding of S[0] down to
+// S[i] = 1e-8 S[0], and what is smaller than that is itself below it. Blocks of double take
+// LAPACK's SVD where S[rank - 1] < S[0] / 32.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -18,12 +18,12 @@
 
 namespace structmat {
 
-#define STRUCTMAT_DECLARE_EIGENPAIRS(level)                                                  \
-  namespace level {                                                                          \
-  void tridiagonalize(double*, std::int64_t, double*, double*, double*, double*);            \
-  void apply_reflections(const double*, const double*, std::int64_t, double*, std::int64_t); \
-  bool top_tridiagonal(const double*, const double*, std::int64_t, std::int64_t, double*,    \
-                       double*, double*);                                                    \
+#define STRUCTMAT_DECLARE_EIGENPAIRS(level)                                                        \
+  namespace level {                                                                                \
+  void tridiagonalize(double*, std::int64_t, double*, double*, double*, double*);                  \
+  void apply_reflections(const double*, const double*, std::int64_t, double*, std::int64_t);       \
+  bool top_tridiagonal(const double*, const double*, std::int64_t, std::int64_t, double*, double*, \
+                       double*);                                                                   \
   }
 STRUCTMAT_DECLARE_EIGENPAIRS(baseline)
 STRUCTMAT_DECLARE_EIGENPAIRS(avx2)

@@ -32,7 +32,8 @@ double dot(const double* a, const double* b, std::int64_t size) {
 }
 void add_scaled(double s, const double* a, double* b, std::int64_t size) {
   const V factor = broadcast(s);
-  for (std::int64_t i = 0; i < size; i += kWide) store(b + i, fma(factor, load(a + i), load(b + i)));
+  for (std::int64_t i = 0; i < size; i += kWide)
+    store(b + i, fma(factor, load(a + i), load(b + i)));
 }
 void scale(double s, double* a, std::int64_t size) {
   for (std::int64_t i = 0; i < size; i += kWide) store(a + i, s * load(a + i));
@@ -84,7 +85,8 @@ void reduce(double* g, std::int64_t n, double* d, double* e, double* tau, double
     next[k + 1] = 0;
     const double rest = dot(next + begin, next + begin, stride - begin);
     if (rest > 0) {
-      const double length = head > 0 ? -std::sqrt(head * head + rest) : std::sqrt(head * head + rest);
+      const double length =
+          head > 0 ? -std::sqrt(head * head + rest) : std::sqrt(head * head + rest);
       e[k] = length;
       tau[k] = (length - head) / length;
       scale(1 / (head - length), next + begin, stride - begin);
@@ -282,8 +284,7 @@ bool top(const double* d, const double* e, std::int64_t n, std::int64_t count, d
   double norm = 0, low = d[0], high = d[0], largest = 0;
   double* squares = work;
   for (std::int64_t i = 0; i < n; ++i) {
-    const double beside =
-        (i > 0 ? std::abs(e[i - 1]) : 0) + (i + 1 < n ? std::abs(e[i]) : 0);
+    const double beside = (i > 0 ? std::abs(e[i - 1]) : 0) + (i + 1 < n ? std::abs(e[i]) : 0);
     low = std::min(low, d[i] - beside);
     high = std::max(high, d[i] + beside);
     if (i + 1 < n) {

@@ -14,8 +14,9 @@ constexpr std::int64_t padded(std::int64_t n) {
   return (n + 7) / 8 * 8;
 }
 
-// G = Q T Q^T, T with diagonal d (n) and e (n - 1) beside it. G (n, padded(n)), both triangles, zero
-// past column n, becomes the reflections, row by row, with factors tau (n). `work`: 4 padded(n).
+// G = Q T Q^T, T with diagonal d (n) and e (n - 1) beside it. G (n, padded(n)), both triangles,
+// zero past column n, becomes the reflections, row by row, with factors tau (n). `work`: 4
+// padded(n).
 void tridiagonalize(double* g, std::int64_t n, double* d, double* e, double* tau, double* work);
 
 // vectors (count, padded(n)) <- Q vectors.

@@ -70,7 +70,7 @@ def project(
             alone: closed form, the truncated SVD of ``W_jk C_kk^(1/2)``. Of shape ``(n, n)``:
             starts there and then solves for one input block after the other; the error never grows
             in a sweep over them, and the sweeps end when one takes less than 0.1 % of the squared
-            error, after at most 100. That is a stationary point, not always the global optimum. C
+            error, after at most 50. That is a stationary point, not always the global optimum. C
             may be singular.
 
     Returns:
@@ -87,7 +87,8 @@ def project(
 
     Cost: with b the shorter and c the longer side of a block, ``K J (c b^2 + 4/3 b^3)`` FLOPs in
     float64 for small R, up to ``K J (c b^2 + 9 b^3)`` for R near b, and one read of W through its
-    strides. Full moments: ``4 m n^2`` FLOPs a sweep.
+    strides. Full moments: ``2 m n^2`` FLOPs a sweep,
+    in float64.
 
     Source: Dao et al., Monarch (ICML 2022), section 3.3, for square W and R = 1.
 
@@ -162,7 +163,9 @@ def project_blockdiag_butterfly(
     _check_divisor("l", l, m, "rows", op)
     check_integer("q", q, op)
     if q < 1 or k * q % l:
-        raise ValueError(f"{op}: q is {q}, wanted a positive number with k q = {k} q divisible by {l}")
+        raise ValueError(
+            f"{op}: q is {q}, wanted a positive number with k q = {k} q divisible by {l}"
+        )
     p, s, r = n // k, m // l, k * q // l
     hidden = torch.arange(k * q, device=W.device)
     source, target = hidden // q, hidden % l

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .block_svd import block_svd
 
-_SWEEPS = 100
+_SWEEPS = 50
 _LEAST_DECREASE = 1e-3
 
 
@@ -89,22 +89,25 @@ def truncate_full(
     P, inverses = roots(diagonal)
     for _ in range(_SWEEPS if float(left) > 0 else 0):
         before = left
-        U, V, E = U.clone(), V.clone(), E.clone()
         for k in range(K):
             own = slice(k * I, (k + 1) * I)
-            G = E @ moment[:, own] - E[:, own] @ diagonal[k]
-            block = wanted[:, own]
-            target = block @ P[k] + G @ inverses[k]
+            C, block = diagonal[k], wanted[:, own]
+            G = E @ moment[:, own] - E[:, own] @ C
+            target, pulled = block @ P[k] + G @ inverses[k], block + G @ inverses[k] @ inverses[k].T
             parts = _parts(target.view(1, J, L, I), ranks[k : k + 1], None, op)
-            pulled = block + G @ inverses[k] @ inverses[k].T
-            kept = parts.U * (parts.S > 0)[..., None, :]
-            u, v = _balanced(kept, pulled.view(1, J, L, I))
+            u, v = _balanced(parts.U * (parts.S > 0)[..., None, :], pulled.view(1, J, L, I))
+            after = block - (u @ v).view(J * L, I)
+            # What E and G make of the sum is all of it that block k has a part in.
+            share, least = (((e @ C + 2 * G) * e).sum() for e in (E[:, own], after))
+            if not bool(least < share):
+                continue  # rounding
+            left = left - (share - least)
+            E[:, own] = after
             U[k].zero_()[..., : u.shape[-1]] = u[0]
             V[k].zero_()[:, : v.shape[-2]] = v[0]
-            E[:, own] = block - (u @ v).view(J * L, I)
-        left = _weighted_square(E, moment)
         if not float(left) < float(before) * (1 - _LEAST_DECREASE):
             break
+    left = _weighted_square(E, moment)
     return Truncated(U, V, ranks, float((left / total).sqrt()) if float(total) > 0 else 0.0)
 
 
