@@ -20,13 +20,13 @@ BUTTERFLIES = [
 
 
 def dense(W1: torch.Tensor, W2: torch.Tensor) -> torch.Tensor:
-    K, J, R, I = W1.shape
+    K, J, _R, I = W1.shape
     M = torch.einsum("jlkr,kjri->jlki", exact(W2), exact(W1))
     return M.reshape(J * W2.shape[1], K * I)
 
 
 def butterfly_dense(w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
-    (k, q, p), (l, s, r) = w1.shape, w2.shape
+    (k, _q, p), (l, s, r) = w1.shape, w2.shape
     h = torch.block_diag(*exact(w1)).reshape(r, l, k * p).transpose(0, 1)
     return torch.einsum("lsr,lrn->sln", exact(w2), h).reshape(s * l, k * p)
 
@@ -56,13 +56,15 @@ def check_triplets(A: torch.Tensor, rank: int) -> None:
     """Residuals, orthogonality, values and what is left out, all in units of rounding."""
     U, S, Vh, norms = torch.ops.structmat.block_svd(A, rank)
     wide = torch.float64 if A.dtype == torch.float64 else torch.float32
-    assert U.dtype == S.dtype == Vh.dtype == wide and norms.dtype == torch.float64
+    assert U.dtype == S.dtype == Vh.dtype == wide
+    assert norms.dtype == torch.float64
     A, U, S, Vh, norms = (exact(t) for t in (A, U, S, Vh, norms))
     values = torch.linalg.svdvals(A)
     top = values[..., :1].clamp_min(torch.finfo(torch.float64).tiny)
     allowed = (8 if wide == torch.float32 else 100) * 2 * UNIT[wide]
     eye = torch.eye(rank, dtype=torch.float64)
-    assert U.shape == (*A.shape[:-1], rank) and Vh.shape == (*A.shape[:-2], rank, A.shape[-1])
+    assert U.shape == (*A.shape[:-1], rank)
+    assert Vh.shape == (*A.shape[:-2], rank, A.shape[-1])
     assert float(((S - values[..., :rank]).abs() / top).max()) < allowed
     assert bool((S.diff(dim=-1) <= 0).all())
     for gram in (U.mT @ U, Vh @ Vh.mT):
@@ -116,7 +118,9 @@ def test_block_svd_marks_what_is_not_finite(backend: Backend) -> None:
     A[1, 2, 3] = torch.inf
     parts = torch.ops.structmat.block_svd(A, 2)
     for part in parts:
-        assert part[1].isnan().all() and part[0].isfinite().all() and part[2].isfinite().all()
+        assert part[1].isnan().all()
+        assert part[0].isfinite().all()
+        assert part[2].isfinite().all()
 
 
 def test_block_svd_gives_the_same_bits_for_any_number_of_threads(threads: int) -> None:
@@ -159,9 +163,11 @@ def test_project_is_optimal(backend: Backend, dtype: torch.dtype, size: tuple[in
     K, J, L, I, R = size
     W = make(J * L, K * I, dtype=dtype, device=backend.device)
     found = sm.monarch.project(W, K, J, R)
-    assert found.W1.shape == (K, J, R, I) and found.W2.shape == (J, L, K, R)
+    assert found.W1.shape == (K, J, R, I)
+    assert found.W2.shape == (J, L, K, R)
     assert found.W1.dtype == found.W2.dtype == dtype
-    assert found.W1.is_contiguous() and found.W2.is_contiguous()
+    assert found.W1.is_contiguous()
+    assert found.W2.is_contiguous()
     values = torch.linalg.svdvals(blocks_of(exact(W), K, J))
     best = float(values[..., R:].norm() / values.norm())
     rounding = 8 * UNIT[dtype]
@@ -189,7 +195,9 @@ def test_project_blockdiag_butterfly(dtype: torch.dtype, shape: tuple[int, ...])
     W = butterfly_dense(torch.randn(k, q, p).to(dtype), torch.randn(l, s, r).to(dtype)).to(dtype)
     found = sm.monarch.project_blockdiag_butterfly(W, k, q, l)
     w1, w2 = found
-    assert w1.shape == (k, q, p) and w2.shape == (l, s, r) and w1.dtype == w2.dtype == dtype
+    assert w1.shape == (k, q, p)
+    assert w2.shape == (l, s, r)
+    assert w1.dtype == w2.dtype == dtype
     assert found.error < 16 * UNIT[dtype]
     assert relative(W, butterfly_dense(w1, w2)) < 16 * UNIT[dtype]
 
@@ -213,12 +221,15 @@ def test_budget_keeps_the_largest_values(backend: Backend) -> None:
     values = torch.linalg.svdvals(blocks_of(exact(W), 4, 2))
     kept = values.flatten().sort().values[-16:]
     best = float((values.square().sum() - kept.square().sum()).sqrt() / values.norm())
-    assert int(found.ranks.sum()) == 16 and found.W1.shape[2] == int(found.ranks.max()) > 2
+    assert int(found.ranks.sum()) == 16
+    assert found.W1.shape[2] == int(found.ranks.max()) > 2
     assert torch.equal(found.ranks.cpu(), (values >= kept[0]).sum(-1))
-    assert abs(found.error - best) < 1e-6 and abs(relative(W, dense(*found)) - best) < 1e-6
+    assert abs(found.error - best) < 1e-6
+    assert abs(relative(W, dense(*found)) - best) < 1e-6
     assert found.error < sm.monarch.project(W, 4, 2, 2).error
     beyond = torch.arange(found.W1.shape[2]) >= found.ranks.cpu()[..., None]
-    assert not found.W1.cpu()[beyond].any() and not found.W2.cpu().permute(2, 0, 3, 1)[beyond].any()
+    assert not found.W1.cpu()[beyond].any()
+    assert not found.W2.cpu().permute(2, 0, 3, 1)[beyond].any()
 
 
 def test_budget_of_one_rich_block() -> None:
@@ -300,15 +311,19 @@ def test_sweeps_never_raise_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for sweeps in range(8):
         monkeypatch.setattr(truncate, "_SWEEPS", sweeps)
         errors.append(sm.monarch.project(W, 4, 3, 1, inputs=C).error)
-    assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0]
 
 
 def test_project_of_zeros_and_of_layers() -> None:
     found = sm.monarch.project(torch.zeros(6, 4), 2, 3)
-    assert found.error == 0 and not found.W1.any() and not found.W2.any()
+    assert found.error == 0
+    assert not found.W1.any()
+    assert not found.W2.any()
     assert found.W1.shape == (2, 3, 1, 2)
     found = sm.monarch.project(torch.zeros(6, 4), 2, 3, 1, inputs=torch.ones(4, 4))
-    assert found.error == 0 and not found.W1.any()
+    assert found.error == 0
+    assert not found.W1.any()
     layer = torch.nn.Linear(64, 32)
     assert not sm.monarch.project(layer.weight, 4, 4).W1.requires_grad
     assert sm.monarch.project(layer.weight, 4, 4).W1.shape == (4, 4, 2, 16)

@@ -138,8 +138,8 @@ def project_blockdiag_butterfly(
         inputs: as for :func:`project`, with ``k`` blocks.
 
     Returns:
-        ``w1 (k, q, p)`` and ``w2 (l, s, r)`` for :func:`structmat.monarch.from_blockdiag_butterfly`,
-        with ``.error`` and ``.ranks (k, l)``.
+        ``w1 (k, q, p)`` and ``w2 (l, s, r)``, for
+        :func:`structmat.monarch.from_blockdiag_butterfly`, with ``.error`` and ``.ranks (k, l)``.
 
     Raises:
         TypeError: as :func:`project`.
@@ -235,8 +235,8 @@ def _check_moments(inputs: Any, K: int, I: int, device: torch.device, op: str) -
     _check_tensor("inputs", inputs, op)
     if tuple(inputs.shape) not in ((K, I, I), (K * I, K * I)):
         raise ValueError(
-            f"{op}: inputs has shape {tuple(inputs.shape)}, wanted {(K * I, K * I)}, or {(K, I, I)} "
-            "for the diagonal blocks alone"
+            f"{op}: inputs has shape {tuple(inputs.shape)}, wanted {(K * I, K * I)}, or "
+            f"{(K, I, I)} for the diagonal blocks alone"
         )
     if inputs.device != device:
         raise ValueError(f"{op}: inputs is on {inputs.device}, W on {device}")

@@ -115,12 +115,11 @@ def _parts(M: Tensor, ranks: Tensor | int, budget: int | None, op: str) -> _Part
     most = min(M.shape[-2:])
     if budget is not None:
         return _largest(M, budget, op)
-    whole = isinstance(ranks, int)
-    rank = ranks if isinstance(ranks, int) else max(1, min(most, int(ranks.max())))
-    U, S, Vh, norms = block_svd(M, rank, op)
-    if whole:
-        each = torch.full(M.shape[:2], rank, device=M.device)
+    if isinstance(ranks, int):
+        U, S, Vh, norms = block_svd(M, ranks, op)
+        each = torch.full(M.shape[:2], ranks, device=M.device)
         return _Parts(U, S, Vh, each, norms[..., 0], norms[..., 1])
+    U, S, Vh, norms = block_svd(M, max(1, min(most, int(ranks.max()))), op)
     return _cut(U, S, Vh, norms, ranks.clamp(max=most))
 
 
