@@ -16,7 +16,7 @@
 namespace structmat {
 namespace {
 
-constexpr int kMaxWarps = 16;
+constexpr int kMaxWarps = 8;
 constexpr int kMaxSweeps = 30;                              // 4 to 8 are made
 constexpr std::int64_t kMostBytes = std::int64_t{1} << 28;  // of blocks at work at once
 
@@ -29,9 +29,9 @@ struct Arguments {
   const void* a;
   std::int64_t count, inner;  // blocks; those of one index of the first dimension
   std::int64_t outer_stride, inner_stride;
-  std::int64_t n, m, row_stride, col_stride;  // of the block with n rows, n <= m
-  std::int64_t rank;
-  bool transposed;  // that is A^T
+  int n, m, rank;                       // n <= m
+  std::int64_t row_stride, col_stride;  // of the block with n rows
+  bool transposed;                      // that is A^T
   void *u, *s, *vh;
   double* norms;
   double* workspace;  // null: shared memory
@@ -42,12 +42,18 @@ __device__ double warp_sum(double value) {
   return value;
 }
 
+// f(i, k) for i < outer and k < inner: a warp takes an i, its lanes the k.
+template <class F>
+__device__ void each(int outer, int inner, F&& f) {
+  for (int i = threadIdx.x / 32; i < outer; i += blockDim.x / 32)
+    for (int k = threadIdx.x % 32; k < inner; k += 32) f(i, k);
+}
+
 // One warp makes the first m numbers of rows p and q orthogonal; true if they were not.
-__device__ bool rotate(double* p, double* q, std::int64_t m, std::int64_t width, double tolerance,
-                       double least) {
+__device__ bool rotate(double* p, double* q, int m, int width, double tolerance, double least) {
   const int lane = threadIdx.x % 32;
   double pp = 0, qq = 0, pq = 0;
-  for (std::int64_t i = lane; i < m; i += 32) {
+  for (int i = lane; i < m; i += 32) {
     pp += p[i] * p[i];
     qq += q[i] * q[i];
     pq += p[i] * q[i];
@@ -61,7 +67,7 @@ __device__ bool rotate(double* p, double* q, std::int64_t m, std::int64_t width,
                        ? 1 / (2 * zeta)
                        : (zeta < 0 ? -1.0 : 1.0) / (fabs(zeta) + sqrt(1 + zeta * zeta));
   const double c = 1 / sqrt(1 + t * t), s = c * t, h = s / (1 + c);
-  for (std::int64_t i = lane; i < width; i += 32) {  // as Rutishauser writes c x - s y
+  for (int i = lane; i < width; i += 32) {  // as Rutishauser writes c x - s y
     const double x = p[i], y = q[i];
     p[i] = x - s * (y + h * x);
     q[i] = y + s * (x - h * y);
@@ -72,45 +78,44 @@ __device__ bool rotate(double* p, double* q, std::int64_t m, std::int64_t width,
 // One warp: w, of m numbers, becomes a unit vector orthogonal to the `count` rows order[0], ... of
 // `rows`, which are orthonormal. It starts from the unit vector nearest to their complement.
 __device__ void complete(double* w, const double* rows, const double* order, std::int64_t width,
-                         std::int64_t count, std::int64_t m) {
+                         int count, int m) {
   const int lane = threadIdx.x % 32;
-  const auto row = [&](std::int64_t r) {
-    return rows + static_cast<std::int64_t>(order[r]) * width;
-  };
+  const auto row = [&](int r) { return rows + static_cast<std::int64_t>(order[r]) * width; };
   double least = 2;
-  std::int64_t best = 0;
-  for (std::int64_t c = lane; c < m; c += 32) {
+  int best = 0;
+  for (int c = lane; c < m; c += 32) {
     double covered = 0;
-    for (std::int64_t r = 0; r < count; ++r) covered += row(r)[c] * row(r)[c];
+    for (int r = 0; r < count; ++r) covered += row(r)[c] * row(r)[c];
     if (covered < least) least = covered, best = c;
   }
   for (int bits = 16; bits > 0; bits /= 2) {
     const double theirs = __shfl_xor_sync(~0u, least, bits);
-    const std::int64_t place = __shfl_xor_sync(~0u, best, bits);
+    const int place = __shfl_xor_sync(~0u, best, bits);
     if (theirs < least || (theirs == least && place < best)) least = theirs, best = place;
   }
-  for (std::int64_t c = lane; c < m; c += 32) w[c] = c == best ? 1 : 0;
+  for (int c = lane; c < m; c += 32) w[c] = c == best ? 1 : 0;
   for (int round = 0; round < 2; ++round)
-    for (std::int64_t r = 0; r < count; ++r) {
+    for (int r = 0; r < count; ++r) {
       double sum = 0;
-      for (std::int64_t c = lane; c < m; c += 32) sum += w[c] * row(r)[c];
+      for (int c = lane; c < m; c += 32) sum += w[c] * row(r)[c];
       sum = warp_sum(sum);
-      for (std::int64_t c = lane; c < m; c += 32) w[c] -= sum * row(r)[c];
+      for (int c = lane; c < m; c += 32) w[c] -= sum * row(r)[c];
     }
   double square = 0;
-  for (std::int64_t c = lane; c < m; c += 32) square += w[c] * w[c];
+  for (int c = lane; c < m; c += 32) square += w[c] * w[c];
   const double inverse = 1 / sqrt(warp_sum(square));
-  for (std::int64_t c = lane; c < m; c += 32) w[c] *= inverse;
+  for (int c = lane; c < m; c += 32) w[c] *= inverse;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxWarps * 32) block_svd_kernel(Arguments a) {
+__global__ void __launch_bounds__(kMaxWarps * 32, 2) block_svd_kernel(Arguments a) {
   using S = accumulator_t<T>;
   constexpr bool wide = std::is_same_v<T, double>;
   SM_DYNAMIC_SHARED(double, shared);
   __shared__ double partial[kMaxWarps];
   __shared__ int finite, rotated;
-  const std::int64_t n = a.n, m = a.m, width = m + n;
+  const int n = a.n, m = a.m, rank = a.rank;
+  const std::int64_t width = m + n;
   const int tid = threadIdx.x, threads = blockDim.x;
   const int lane = tid % 32, warp = tid / 32, warps = threads / 32;
   double* rows = a.workspace != nullptr ? a.workspace + blockIdx.x * (n * (width + 2)) : shared;
@@ -122,18 +127,18 @@ __global__ void __launch_bounds__(kMaxWarps * 32) block_svd_kernel(Arguments a) 
     __syncthreads();
     if (tid == 0) finite = 1;
     __syncthreads();
-    // Read along what is contiguous.
     double largest = 0;
-    const bool by_rows = a.col_stride <= a.row_stride;
-    for (std::int64_t e = tid; e < n * m; e += threads) {
-      const std::int64_t i = by_rows ? e / m : e % n, k = by_rows ? e % m : e / n;
+    const auto read = [&](int i, int k) {
       const double x = static_cast<double>(to_float(from[i * a.row_stride + k * a.col_stride]));
       rows[i * width + k] = x;
       if (!(fabs(x) <= std::numeric_limits<double>::max())) finite = 0;
       largest = fabs(x) > largest ? fabs(x) : largest;
-    }
-    for (std::int64_t e = tid; e < n * n; e += threads)
-      rows[e / n * width + m + e % n] = e / n == e % n ? 1 : 0;
+    };
+    if (a.col_stride <= a.row_stride)  // along what is contiguous
+      each(n, m, read);
+    else
+      each(m, n, [&](int k, int i) { read(i, k); });
+    each(n, n, [&](int i, int k) { rows[i * width + m + k] = i == k ? 1 : 0; });
     for (int bits = 16; bits > 0; bits /= 2) {
       const double theirs = __shfl_xor_sync(~0u, largest, bits);
       largest = theirs > largest ? theirs : largest;
@@ -147,11 +152,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32) block_svd_kernel(Arguments a) 
     exponent = exponent < -1022 ? -1022 : exponent;
     const double factor = ldexp(1.0, -exponent);
     double square = 0;
-    for (std::int64_t e = tid; e < n * m; e += threads) {
-      const double x = rows[e / m * width + e % m] * factor;
-      rows[e / m * width + e % m] = x;
+    each(n, m, [&](int i, int k) {
+      const double x = rows[i * width + k] * factor;
+      rows[i * width + k] = x;
       square += x * x;
-    }
+    });
     square = warp_sum(square);
     __syncthreads();
     if (lane == 0) partial[warp] = square;
@@ -162,16 +167,16 @@ __global__ void __launch_bounds__(kMaxWarps * 32) block_svd_kernel(Arguments a) 
     // Results of float need no more than 1e-9. What is below `least` is rounding of A.
     const double tolerance = wide ? 2.5e-16 * sqrt(static_cast<double>(m)) : 1e-9;
     const double least = energy * (wide ? 0x1p-120 : 0x1p-80);
-    const std::int64_t players = n + n % 2;  // of a round-robin tournament
+    const int players = n + n % 2;  // of a round-robin tournament
     bool more = fine && energy > 0 && n > 1;
     for (int sweep = 0; more && sweep < kMaxSweeps; ++sweep) {
       __syncthreads();
       if (tid == 0) rotated = 0;
       __syncthreads();
-      for (std::int64_t round = 0; round < players - 1; ++round) {
-        for (std::int64_t pair = warp; pair < players / 2; pair += warps) {
-          const std::int64_t p = pair == 0 ? players - 1 : (round + pair) % (players - 1);
-          const std::int64_t q = (round + players - 1 - pair) % (players - 1);
+      for (int round = 0; round < players - 1; ++round) {
+        for (int pair = warp; pair < players / 2; pair += warps) {
+          const int p = pair == 0 ? players - 1 : (round + pair) % (players - 1);
+          const int q = (round + players - 1 - pair) % (players - 1);
           if (p >= n || q >= n) continue;
           if (rotate(rows + p * width, rows + q * width, m, width, tolerance, least) && lane == 0)
             rotated = 1;
@@ -182,55 +187,54 @@ __global__ void __launch_bounds__(kMaxWarps * 32) block_svd_kernel(Arguments a) 
     }
     fine = fine && !more;
 
-    for (std::int64_t i = warp; i < n; i += warps) {
+    for (int i = warp; i < n; i += warps) {
       double sum = 0;
-      for (std::int64_t k = lane; k < m; k += 32) sum += rows[i * width + k] * rows[i * width + k];
+      for (int k = lane; k < m; k += 32) sum += rows[i * width + k] * rows[i * width + k];
       sum = warp_sum(sum);
       if (lane == 0) lengths[i] = sum > least ? sqrt(sum) : 0;
     }
     __syncthreads();
-    for (std::int64_t i = tid; i < n; i += threads) {  // in descending order
+    for (int i = tid; i < n; i += threads) {  // in descending order
       const double own = lengths[i];
-      std::int64_t before = 0;
-      for (std::int64_t k = 0; k < n; ++k)
+      int before = 0;
+      for (int k = 0; k < n; ++k)
         before += lengths[k] > own || (lengths[k] == own && k < i) ? 1 : 0;
       order[fine ? before : i] = static_cast<double>(i);
     }
     __syncthreads();
-    for (std::int64_t r = warp; r < a.rank; r += warps) {
-      const auto i = static_cast<std::int64_t>(order[r]);
+    for (int r = warp; r < rank; r += warps) {
+      const int i = static_cast<int>(order[r]);
       const double inverse = lengths[i] > 0 ? 1 / lengths[i] : 0;
-      for (std::int64_t k = lane; k < m; k += 32) rows[i * width + k] *= inverse;
+      for (int k = lane; k < m; k += 32) rows[i * width + k] *= inverse;
     }
     __syncthreads();
     if (warp == 0 && fine)
-      for (std::int64_t r = 0; r < a.rank; ++r) {
-        const auto i = static_cast<std::int64_t>(order[r]);
+      for (int r = 0; r < rank; ++r) {
+        const int i = static_cast<int>(order[r]);
         if (lengths[i] == 0) complete(rows + i * width, rows, order, width, r, m);
       }
     __syncthreads();
 
     const double scale = fine ? ldexp(1.0, exponent) : std::numeric_limits<double>::quiet_NaN();
     const double one = fine ? 1 : std::numeric_limits<double>::quiet_NaN();
-    const std::int64_t rank = a.rank;
     S* s = static_cast<S*>(a.s) + block * rank;
     S* short_side = static_cast<S*>(a.transposed ? a.vh : a.u) + block * rank * n;
     S* long_side = static_cast<S*>(a.transposed ? a.u : a.vh) + block * rank * m;
-    for (std::int64_t r = tid; r < rank; r += threads)
-      s[r] = static_cast<S>(lengths[static_cast<std::int64_t>(order[r])] * scale);
+    for (int r = tid; r < rank; r += threads)
+      s[r] = static_cast<S>(lengths[static_cast<int>(order[r])] * scale);
     // U (., rank) takes vectors by columns, Vh (rank, .) by rows.
-    for (std::int64_t e = tid; e < rank * width; e += threads) {
-      const std::int64_t r = e / width, k = e % width;
-      const double x = rows[static_cast<std::int64_t>(order[r]) * width + k] * one;
+    each(rank, static_cast<int>(width), [&](int r, int k) {
+      const double x = rows[static_cast<int>(order[r]) * width + k] * one;
       if (k < m)
-        long_side[a.transposed ? k * rank + r : r * m + k] = static_cast<S>(x);
+        long_side[a.transposed ? std::int64_t{k} * rank + r : std::int64_t{r} * m + k] =
+            static_cast<S>(x);
       else
         short_side[a.transposed ? r * n + k - m : (k - m) * rank + r] = static_cast<S>(x);
-    }
+    });
     if (tid == 0) {
       double left = 0;
-      for (std::int64_t r = n - 1; r >= rank; --r) {
-        const double length = lengths[static_cast<std::int64_t>(order[r])];
+      for (int r = n - 1; r >= rank; --r) {
+        const double length = lengths[static_cast<int>(order[r])];
         left += length * length;
       }
       a.norms[2 * block] = sqrt(energy) * scale;
@@ -274,9 +278,9 @@ void block_svd_cuda(const Context& context, const ConstArrayView& blocks, std::i
   a.outer_stride = blocks.strides[0], a.inner_stride = blocks.strides[1];
   a.transposed = blocks.sizes[2] > blocks.sizes[3];
   const int rows = a.transposed ? 3 : 2, cols = a.transposed ? 2 : 3;
-  a.n = blocks.sizes[rows], a.row_stride = blocks.strides[rows];
-  a.m = blocks.sizes[cols], a.col_stride = blocks.strides[cols];
-  a.rank = rank;
+  a.n = static_cast<int>(blocks.sizes[rows]), a.row_stride = blocks.strides[rows];
+  a.m = static_cast<int>(blocks.sizes[cols]), a.col_stride = blocks.strides[cols];
+  a.rank = static_cast<int>(rank);
   a.u = result.u, a.s = result.s, a.vh = result.vh, a.norms = result.norms;
   a.workspace = launch.workspace > 0 ? static_cast<double*>(context.workspace) : nullptr;
   dispatch_dtype(blocks.dtype, [&](auto element) {
