@@ -4,7 +4,7 @@
 python examples/train_monarch.py [--seeds 3] [--out monarch_training.png]
 python examples/train_monarch.py --large --device cuda
 
-The text is the Python standard library's own source code, which is on every machine, as bytes; every
+The text is the source code of Python's standard library, which is on every machine, as bytes; every
 eighth file is kept for validation. The models are transformers that differ in the linear layers of
 their blocks (attention and MLP; embedding and head are dense in all) and in their width:
 

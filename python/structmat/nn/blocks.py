@@ -12,7 +12,7 @@ from torch.nn import functional
 class Blocks:
     """``size`` features in ``count`` consecutive blocks, as equal as can be.
 
-    All have ``width`` features but the last ``short`` ones, which have one less; those are padded by
+    All have ``width`` features but the last ``short`` ones, which have one less, and are padded by
     a zero at their end where blocks of one size are wanted. No block is empty.
     """
 
