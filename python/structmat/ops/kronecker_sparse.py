@@ -72,32 +72,33 @@ def kronecker_sparse_linear(
         (torch.Size([20, 6]), True)
     """
     try:
+        if isinstance(factors, Tensor):
+            _check(x, factors, bias)
         factors = list(factors)
         if torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
             x, bias, *factors = autocast(x, bias, *factors)
         if not factors or (needs_composition() and not is_tracing()):
             _check(x, factors, bias)
-        last = len(factors)
-        done = 0
-        while done < last:
-            step = 2 if _is_monarch(factors[done : done + 2]) else 1
-            b = bias if done + step == last else None
-            if step == 2:
-                x = _monarch(x, *factors[done : done + 2], b)
+        y, rest = x, list(factors)
+        while rest:
+            first = rest.pop(0)
+            second = rest.pop(0) if rest and _is_monarch(first, rest[0]) else None
+            last = None if rest else bias
+            if second is None:
+                y = product(y, first, last, _NONE)
             else:
-                x = product(x, factors[done], b, _NONE)
-            done += step
-        return x
-    except (RuntimeError, AttributeError, IndexError, TypeError):
+                y = _monarch(y, first, second, last)
+        return y
+    except (RuntimeError, AttributeError):
         _check(x, factors, bias)  # says what was wrong, where it was the arguments
         raise
 
 
-def _is_monarch(pair: list[Tensor]) -> bool:
+def _is_monarch(first: Tensor, second: Tensor) -> bool:
     """Whether two factors are (K, Q, I, 1) and (1, L, S, J) with K Q = J S."""
-    if len(pair) < 2:
+    if first.dim() != 4 or second.dim() != 4:
         return False
-    (K, Q, _, d), (a, _, S, J) = pair[0].shape, pair[1].shape
+    (K, Q, _, d), (a, _, S, J) = first.shape, second.shape
     return a == 1 and d == 1 and K * Q == J * S and K > 0 and J > 0
 
 
@@ -152,6 +153,7 @@ def _inputs(W: Tensor) -> int:
 
 @torch.library.register_fake("structmat::kronecker_sparse_linear")
 def _(x: Tensor, W: Tensor, bias: Tensor | None = None, activation: int = 0) -> Tensor:
+    _check(x, [W], bias)
     return x.new_empty((*x.shape[:-1], _outputs(W)))
 
 

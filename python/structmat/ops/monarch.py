@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with a Monarch weight: two block-diagonal factors and a permutation between them."""
 
+from math import prod
 from typing import Any
 
 import torch
@@ -133,23 +134,27 @@ def _keeps_hidden(x: Tensor, W1: Tensor) -> bool:
     return x.is_cuda and W1.shape[3] > 64
 
 
-def _check(x: Any, W1: Any, W2: Any, bias: Any) -> None:
+def _check(x: Any, W1: Any, W2: Any, bias: Any, interleaved_hidden: bool = False) -> None:
     """Raises for arguments that do not fit together."""
     op = "monarch_linear"
     check_tensors(op, {"x": x, "W1": W1, "W2": W2} | ({} if bias is None else {"bias": bias}))
     check_dimensions(op, "W1", W1, 4)
     check_dimensions(op, "W2", W2, 4)
-    K, J, R, I = W1.shape
-    shapes = f"{op}: W1 is {tuple(W1.shape)} and W2 is {tuple(W2.shape)}"
-    if (W2.shape[0], *W2.shape[2:]) != (J, K, R):
-        raise ValueError(f"{shapes}, wanted (K, J, R, I) and (J, L, K, R)")
+    (K, J1, R1, I), (J, L, K2, R2) = W1.shape, W2.shape
+    if interleaved_hidden:
+        chain, wanted = J1 == 1 and K2 == 1 and K * R1 == J * R2, "(K, 1, Q, I), (J, L, 1, S)"
+    else:
+        chain, wanted = J1 == J and K2 == K and R1 == R2, "(K, J, R, I) and (J, L, K, R)"
+    shapes = f"{op}: W1 is {tuple(W1.shape)} and W2 is {tuple(W2.shape)}, wanted "
+    if not chain:
+        raise ValueError(shapes + wanted)
     if K == 0 or J == 0:
-        raise ValueError(f"{shapes}, wanted at least one block in each")
+        raise ValueError(shapes + "at least one block in each")
     if x.shape[-1] != K * I:
         raise ValueError(
             f"{op}: x has {x.shape[-1]} columns, W1 {tuple(W1.shape)} takes K I = {K * I}"
         )
-    check_bias(op, bias, J * W2.shape[1])
+    check_bias(op, bias, J * L)
 
 
 def _outputs(W2: Tensor) -> int:
@@ -166,6 +171,7 @@ def _(
     interleaved_hidden: bool = False,
     interleaved_output: bool = False,
 ) -> Tensor:
+    _check(x, W1, W2, bias, interleaved_hidden)
     return x.new_empty((*x.shape[:-1], _outputs(W2)))
 
 
@@ -179,9 +185,9 @@ def _(
     interleaved_output: bool,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check(x, W1, W2, bias, interleaved_hidden)
     y = x.new_empty((*x.shape[:-1], _outputs(W2)))
-    tokens = x.shape[:-1].numel()
-    hidden = (W2.shape[0], tokens, W2.shape[2] * W2.shape[3])
+    hidden = (W2.shape[0], prod(x.shape[:-1]), W2.shape[2] * W2.shape[3])
     return y, x.new_empty(hidden if keep_hidden else (0,))
 
 
@@ -237,7 +243,7 @@ class _MonarchLinear(torch.autograd.Function):
         x, W1, W2, hidden = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() or W1 is None:
-            found = _differentiable_backward(dy, x, W1, W2, *ctx.interleaved, needs)
+            found = _differentiable_backward(dy, x, W1, W2, ctx.interleaved, needs)
         else:
             found = _linear_backward(dy, x, W1, W2, hidden, *ctx.interleaved, *needs)
         return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
@@ -278,10 +284,10 @@ def _differentiable_backward(
     x: Tensor | None,
     W1: Tensor | None,
     W2: Tensor | None,
-    interleaved_hidden: bool,
-    interleaved_output: bool,
+    interleaved: tuple[bool, bool],
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
+    interleaved_hidden, interleaved_output = interleaved
     need_x, need_W1, need_W2, need_bias = needs
     dx = dW1 = dW2 = None
     rows = torch.atleast_2d(dy).flatten(0, -2)
