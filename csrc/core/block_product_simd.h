@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with the blocks of a block-diagonal matrix: rows of A times W of one block, A read
+// through a table of offsets, so that a permutation between two factors is an address and no copy.
+// Each element is one chain of additions in the order of the table: tiles and threads change no
+// bit. For files under structmat_simd_sources (everything is in an anonymous namespace).
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "parallel.h"
+#include "scratch.h"
+#include "structmat/matrix.h"
+#include "vec.h"
+
+namespace structmat {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBlockRows = 6, kBlockVecs = 4;  // 24 sums, 4 vectors of W, 1 of A in 32 registers
+#elif defined(__AVX2__)
+constexpr int kBlockRows = 6, kBlockVecs = 2;
+#else
+constexpr int kBlockRows = 4, kBlockVecs = 2;
+#endif
+
+// Row r of A at step p is row[r][offset[p]]; vector v of W at w[p * w_stride + v * lanes].
+template <class S>
+struct Chain {
+  std::int64_t depth;
+  const S* row[kBlockRows];
+  const std::int64_t* offset;
+  const S* w;
+  std::int64_t w_stride;
+};
+
+// c (kRows, kVecs vectors) = A W + add; add_stride 0 repeats one row (the bias).
+template <class S, int kRows, int kVecs>
+void block_kernel(const Chain<S>& g, const S* add, std::int64_t add_stride, S* c,
+                  std::int64_t c_stride) {
+  constexpr int w = kLanes<S>;
+  Vec<S> sum[kRows][kVecs] = {};
+  const S* row[kRows];
+  for (int r = 0; r < kRows; ++r) row[r] = g.row[r];
+  const S* from = g.w;
+  const std::int64_t *offset = g.offset, *const end = offset + g.depth, step = g.w_stride;
+  for (; offset != end; ++offset) {
+    const std::int64_t at = *offset;
+    Vec<S> weight[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) weight[v] = load(from + v * w);
+    from += step;
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<S> value = broadcast(row[r][at]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = fma(value, weight[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec<S> total =
+          add != nullptr ? sum[r][v] + load(add + r * add_stride + v * w) : sum[r][v];
+      store(c + r * c_stride + v * w, total);
+    }
+}
+
+template <class S>
+using BlockKernel = void (*)(const Chain<S>&, const S*, std::int64_t, S*, std::int64_t);
+
+template <class S, int... kIndex>
+BlockKernel<S> block_kernel_for(int rows, int vecs, std::integer_sequence<int, kIndex...>) {
+  static constexpr BlockKernel<S> table[] = {
+      block_kernel<S, kIndex / kBlockVecs + 1, kIndex % kBlockVecs + 1>...};
+  return table[(rows - 1) * kBlockVecs + vecs - 1];
+}
+template <class S>
+BlockKernel<S> block_kernel_for(int rows, int vecs) {
+  return block_kernel_for<S>(rows, vecs,
+                             std::make_integer_sequence<int, kBlockRows * kBlockVecs>());
+}
+
+// `size` numbers in an array, `inner` of them `inner_stride` apart, such runs `outer_stride` apart.
+struct Axis {
+  std::int64_t size, inner, outer_stride, inner_stride;
+
+  static Axis of(std::int64_t size, std::int64_t stride) { return {size, size, 0, stride}; }
+  static Axis of(const ConstArrayView& w, int outer, int inner) {
+    return {w.sizes[outer] * w.sizes[inner], w.sizes[inner], w.strides[outer], w.strides[inner]};
+  }
+  std::int64_t at(std::int64_t i) const {
+    if (i < inner) return i * inner_stride;
+    return i / inner * outer_stride + i % inner * inner_stride;
+  }
+  bool regular() const {  // one stride does
+    return size <= inner || inner == 1 || outer_stride == inner * inner_stride;
+  }
+  std::int64_t stride() const { return inner == 1 && size > 1 ? outer_stride : inner_stride; }
+  bool contiguous() const { return regular() && (size <= 1 || stride() == 1); }
+};
+
+// The width of a panel of W: all panels of a block are nearly equal.
+template <class S>
+std::int64_t panel_width(std::int64_t width) {
+  const std::int64_t vecs = ceil_div(width, kLanes<S>), panels = ceil_div(vecs, kBlockVecs);
+  return ceil_div(vecs, std::max<std::int64_t>(panels, 1)) * kLanes<S>;
+}
+
+// W of one block as the kernels read it: number (p, o) at
+// data[o / panel * panel_stride + p * row_stride + o % panel].
+template <class S>
+struct BlockPanels {
+  const S* data;
+  std::int64_t panel_stride, row_stride;
+};
+
+// A factor: blocks of `depth` times `width` weights, number (p, o) of block b at
+// data[block.at(b) + depth.at(p) + width.at(o)].
+template <class S, class T>
+struct Factor {
+  const T* data;
+  Axis block, depth, width;
+  std::int64_t panel, panels, packed_size;  // of a block, in numbers
+  bool in_place;
+  const S* packed = nullptr;
+
+  Factor(const void* data, Axis block, Axis depth, Axis width)
+      : data(static_cast<const T*>(data)),
+        block(block),
+        depth(depth),
+        width(width),
+        panel(panel_width<S>(width.size)),
+        panels(panel == 0 ? 0 : ceil_div(width.size, panel)),
+        packed_size(panels * panel * depth.size),
+        in_place(std::is_same_v<S, T> && width.contiguous() && width.size % kLanes<S> == 0 &&
+                 depth.regular()) {}
+
+  // Packs all blocks, for many tokens.
+  void pack(const Context& context, Scratch& memory) {
+    if (in_place) return;
+    S* const to = memory.get<S>(block.size * packed_size);
+    packed = to;
+    const std::int64_t group =
+        std::max<std::int64_t>((64 << 10) / std::max<std::int64_t>(packed_size, 1), 1);
+    parallel_for(context, ceil_div(block.size, group), [&](std::int64_t task) {
+      for (std::int64_t b = task * group; b < std::min(block.size, (task + 1) * group); ++b)
+        pack_block(b, to + b * packed_size);
+    });
+  }
+
+  // Block b: in place, packed before, or packed now into `memory`.
+  BlockPanels<S> get(std::int64_t b, Scratch& memory) const {
+    if constexpr (std::is_same_v<S, T>)
+      if (in_place) return {data + block.at(b), panel, depth.stride()};
+    const std::int64_t step = panel * depth.size;
+    if (packed != nullptr) return {packed + b * packed_size, step, panel};
+    S* const to = memory.get<S>(packed_size);
+    pack_block(b, to);
+    return {to, step, panel};
+  }
+
+  void pack_block(std::int64_t b, S* to) const {
+    constexpr int w = kLanes<S>;
+    const T* const from = data + block.at(b);
+    for (std::int64_t o0 = 0; o0 < width.size; o0 += panel, to += panel * depth.size) {
+      const std::int64_t cols = std::min(panel, width.size - o0);
+      if (width.contiguous()) {
+        for (std::int64_t p = 0; p < depth.size; ++p) {
+          convert(from + depth.at(p) + o0, to + p * panel, cols);
+          std::fill(to + p * panel + cols, to + (p + 1) * panel, S{0});
+        }
+        continue;
+      }
+      for (std::int64_t half = 0; half < panel; half += w) {
+        const std::int64_t lanes = std::clamp<std::int64_t>(cols - half, 0, w);
+        const T* line[w];
+        for (int i = 0; i < w; ++i)
+          line[i] = from + width.at(std::min(o0 + half + i, width.size - 1));
+        std::int64_t p = 0;
+        if (depth.contiguous())
+          for (; p + w <= depth.size; p += w) {
+            Vec<S> square[w];
+            for (int i = 0; i < w; ++i)
+              square[i] = i < lanes ? load_wide<S>(line[i] + p) : Vec<S>{};
+            transpose<S>(square);
+            for (int i = 0; i < w; ++i) store(to + (p + i) * panel + half, square[i]);
+          }
+        for (; p < depth.size; ++p) {
+          const std::int64_t at = depth.at(p);
+          for (int i = 0; i < w; ++i) {
+            S value{0};
+            if (i < lanes) convert(line[i] + at, &value, 1);
+            to[p * panel + half + i] = value;
+          }
+        }
+      }
+    }
+  }
+};
+
+// Which numbers of a row of A block b takes: a[base(b) + table(b)[p]].
+struct Gather {
+  const std::int64_t* offsets;
+  std::int64_t table_step;  // from one block's table to the next, 0 if they share it
+  std::int64_t inner, outer_step, inner_step;  // base(b), as an Axis
+
+  std::int64_t base(std::int64_t b) const {
+    return b / inner * outer_step + b % inner * inner_step;
+  }
+  const std::int64_t* table(std::int64_t b) const { return offsets + b * table_step; }
+};
+
+// c (rows, width) = a w + add. `room`: c may be written up to whole vectors; `add` (width, whole
+// vectors, or none) is one row.
+template <class S, class T>
+void multiply_block(const Factor<S, T>& f, const BlockPanels<S>& w, const S* a, std::int64_t lda,
+                    const std::int64_t* offset, std::int64_t rows, const S* add, S* c,
+                    std::int64_t ldc, bool room) {
+  constexpr int lanes = kLanes<S>;
+  alignas(64) S edge[kBlockRows * kBlockVecs * lanes];
+  const std::int64_t blocks = ceil_div(rows, kBlockRows);
+  for (std::int64_t q = 0; q < f.panels; ++q) {
+    const std::int64_t o = q * f.panel, live = std::min(f.panel, f.width.size - o);
+    const int vecs = static_cast<int>(ceil_div(live, lanes));
+    const bool direct = room || live == vecs * lanes;
+    Chain<S> g{f.depth.size, {}, offset, w.data + q * w.panel_stride, w.row_stride};
+    for (std::int64_t i = 0; i < blocks; ++i) {  // of nearly equal size
+      const std::int64_t r0 = rows * i / blocks;
+      const int count = static_cast<int>(rows * (i + 1) / blocks - r0);
+      for (int r = 0; r < count; ++r) g.row[r] = a + (r0 + r) * lda;
+      const BlockKernel<S> kernel = block_kernel_for<S>(count, vecs);
+      S* const to = c + r0 * ldc + o;
+      if (direct) {
+        kernel(g, add != nullptr ? add + o : nullptr, 0, to, ldc);
+      } else {
+        kernel(g, add != nullptr ? add + o : nullptr, 0, edge, vecs * lanes);
+        for (int r = 0; r < count; ++r) std::copy_n(edge + r * vecs * lanes, live, to + r * ldc);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace structmat

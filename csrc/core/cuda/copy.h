@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// Asynchronous copies from global to shared memory (PTX ISA: cp.async).
+#pragma once
+#include "cuda/device.h"
+
+#ifdef STRUCTMAT_EMULATE
+#include "emulate_instructions.h"
+#else
+namespace structmat::cuda {
+
+// Copies `bytes` (0 to 16) and fills up to 16 with zeros. Both addresses are multiples of 16; `from`
+// is not read where bytes = 0.
+__device__ inline void copy_16(void* to, const void* from, int bytes) {
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+               : "memory");
+}
+// Ends a group of this thread's copies.
+__device__ inline void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits for all groups of this thread but the last kLeft.
+template <int kLeft>
+__device__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+}  // namespace structmat::cuda
+#endif
