@@ -84,6 +84,10 @@ def range_step(A: torch.Tensor, Q: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (*P, *after, *B, finite)
 
 
+def block_svd(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.ops.structmat.block_svd(A.unflatten(1, (5, 9)).transpose(0, 1), 3)
+
+
 def svd_list(*A: torch.Tensor) -> tuple[torch.Tensor, ...]:
     U, S, Vh, facts = torch.ops.structmat.randomized_svd_list(list(A), [2, 3], None, None, 1, False)
     return (*U, *S, *Vh, facts)
@@ -124,6 +128,7 @@ OPERATIONS = [
     low_rank("low_rank_linear", 67, 96, 80, 24),
     low_rank("low_rank_linear, odd sizes", 33, 41, 57, 13),
     low_rank("low_rank_linear, one token", 1, 96, 80, 24),
+<<<<<<< HEAD
     monarch("monarch_linear", 33, 2, 3, 8, 32, 16),
     monarch("monarch_linear, odd sizes", 37, 3, 2, 5, 7, 9),
     monarch("monarch_linear, one token", 1, 3, 2, 8, 16, 24),
@@ -133,6 +138,9 @@ OPERATIONS = [
         ((37, 20), (12,), (4, 6, 5, 1), (1, 2, 3, 8), (2, 3, 4, 2)),
         chain,
     ),
+=======
+    Operation("block_svd", ((13, 45),), block_svd, False),
+>>>>>>> main
     Operation("gram_matmul", ((67, 45), (45, 5)), sm.linalg.gram_matmul),
     Operation("gram_matmul_moments", ((67, 45), (45, 5)), gram_moments),
     Operation("orthonormalize", ((41, 7),), orthonormalize, False, WIDE),

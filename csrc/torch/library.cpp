@@ -17,6 +17,7 @@ bool has_cuda() {
 
 STRUCTMAT_LIBRARY(m) {
   m.def("has_cuda() -> bool");
+  m.def("block_svd(Tensor A, int rank) -> (Tensor U, Tensor S, Tensor Vh, Tensor norms)");
   m.def(
       "block_sweep(Tensor A, Tensor X, Tensor(a!) Y, Tensor(b!) Z, Tensor(c!) facts, bool measure) "
       "-> ()");

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Monarch weights: conversions from and to other layouts, and to dense matrices."""
+"""Monarch weights: projection of dense matrices, conversions from and to other layouts."""
 
 from .conversions import (
     from_blockdiag_butterfly,
@@ -8,10 +8,14 @@ from .conversions import (
     to_btt,
     to_dense,
 )
+from .project import MonarchProjection, project, project_blockdiag_butterfly
 
 __all__ = [
+    "MonarchProjection",
     "from_blockdiag_butterfly",
     "from_btt",
+    "project",
+    "project_blockdiag_butterfly",
     "to_blockdiag_butterfly",
     "to_btt",
     "to_dense",
