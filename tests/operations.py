@@ -128,19 +128,16 @@ OPERATIONS = [
     low_rank("low_rank_linear", 67, 96, 80, 24),
     low_rank("low_rank_linear, odd sizes", 33, 41, 57, 13),
     low_rank("low_rank_linear, one token", 1, 96, 80, 24),
-<<<<<<< HEAD
     monarch("monarch_linear", 33, 2, 3, 8, 32, 16),
     monarch("monarch_linear, odd sizes", 37, 3, 2, 5, 7, 9),
     monarch("monarch_linear, one token", 1, 3, 2, 8, 16, 24),
+    Operation("block_svd", ((13, 45),), block_svd, False),
     Operation("block_diagonal_linear", ((37, 33), (3, 7, 11)), sm.ops.block_diagonal_linear),
     Operation(
         "kronecker_sparse_linear",
         ((37, 20), (12,), (4, 6, 5, 1), (1, 2, 3, 8), (2, 3, 4, 2)),
         chain,
     ),
-=======
-    Operation("block_svd", ((13, 45),), block_svd, False),
->>>>>>> main
     Operation("gram_matmul", ((67, 45), (45, 5)), sm.linalg.gram_matmul),
     Operation("gram_matmul_moments", ((67, 45), (45, 5)), gram_moments),
     Operation("orthonormalize", ((41, 7),), orthonormalize, False, WIDE),
