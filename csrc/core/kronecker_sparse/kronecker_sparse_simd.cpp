@@ -29,11 +29,8 @@ struct KroneckerSparse {
     const std::int64_t blocks = a * d, tokens = x.rows, threads = thread_count(context);
     if (blocks == 0) return;
     const bool few = tokens < threads * kTokenTile / 2;  // threads share the blocks
-    // Blocks side by side with weights of 128 KB: x is read along its rows.
-    const std::int64_t fit = (std::int64_t{128} << 10) / sizeof(S) /
-                             std::max<std::int64_t>(f.packed_size, 1);
     out.neighbours = std::clamp<std::int64_t>(
-        std::min<std::int64_t>(fit, few ? blocks / (4 * threads) : 64), 1, blocks);
+        std::min(neighbours_of(f), few ? blocks / (4 * threads) : blocks), 1, blocks);
     const std::int64_t groups = out.groups(blocks);
     if (few) {
       const WideRows<S, T> rows(x, 0, tokens, x_memory);
