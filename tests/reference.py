@@ -130,6 +130,53 @@ def low_rank_linear(
     return y if bias is None else y + (bias if bias.dtype == torch.float64 else exact(bias))
 
 
+def monarch_linear(
+    x: torch.Tensor,
+    W1: torch.Tensor,
+    W2: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    output: str = "blocked",
+) -> torch.Tensor:
+    """y = act(x W^T + bias), block (j, k) of W being W2[j,:,k,:] W1[k,j,:,:]."""
+    x, W1, W2 = (a if a.dtype == torch.float64 else exact(a) for a in (x, W1, W2))
+    (K, J), L = W1.shape[:2], W2.shape[1]
+    rows = [torch.cat([W2[j, :, k] @ W1[k, j] for k in range(K)], 1) for j in range(J)]
+    W = torch.cat(rows)
+    if output == "interleaved":
+        W = W[[j * L + i for i in range(L) for j in range(J)]]
+    return activated(x @ W.T, bias, activation)
+
+
+def kronecker_sparse_linear(
+    x: torch.Tensor, factors: Sequence[torch.Tensor], bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y = x (.. F_2 F_1)^T + bias."""
+    x = x if x.dtype == torch.float64 else exact(x)
+    for factor in factors:
+        x = x @ kronecker_sparse_matrix(factor).T
+    return activated(x, bias, "none")
+
+
+def kronecker_sparse_matrix(W: torch.Tensor) -> torch.Tensor:
+    """The matrix of a factor (a, b, c, d): c entries in each row, d apart."""
+    W = W if W.dtype == torch.float64 else exact(W)
+    a, b, c, d = W.shape
+    one_a, one_d = (torch.eye(size, dtype=torch.float64) for size in (a, d))
+    dense = torch.einsum("abcd,ai,dj->abdicj", W, one_a, one_d)
+    return dense.reshape(a * b * d, a * c * d)
+
+
+def activated(z: torch.Tensor, bias: torch.Tensor | None, activation: str = "none") -> torch.Tensor:
+    if bias is not None:
+        z = z + (bias if bias.dtype == torch.float64 else exact(bias))
+    if activation == "relu":
+        return z.clamp_min(0)
+    if activation == "gelu":
+        return z * torch.special.ndtr(z)
+    return z * torch.sigmoid(z) if activation == "silu" else z
+
+
 def gram_matmul(A: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
     """Z = A^T (A X)."""
     A, X = (a if a.dtype == torch.float64 else exact(a) for a in (A, X))

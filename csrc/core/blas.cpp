@@ -37,6 +37,10 @@ void BLAS(dormqr)(const char*, const char*, const int*, const int*, const int*, 
                   const int*, const double*, double*, const int*, double*, const int*, int*);
 void BLAS(dsyevd)(const char*, const char*, const int*, double*, const int*, double*, double*,
                   const int*, int*, const int*, int*);
+void BLAS(dsytrd)(const char*, const int*, double*, const int*, double*, double*, double*, double*,
+                  const int*, int*);
+void BLAS(dormtr)(const char*, const char*, const char*, const int*, const int*, const double*,
+                  const int*, const double*, double*, const int*, double*, const int*, int*);
 void BLAS(sgesvd)(const char*, const char*, const int*, const int*, float*, const int*, float*,
                   float*, const int*, float*, const int*, float*, const int*, int*);
 void BLAS(dgesvd)(const char*, const char*, const int*, const int*, double*, const int*, double*,
@@ -126,6 +130,18 @@ void ormqr(int m, int k, int n, const float* a, int lda, const float* tau, float
 }
 void ormqr(int m, int k, int n, const double* a, int lda, const double* tau, double* c, int ldc) {
   ormqr_with(BLAS(dormqr), m, k, n, a, lda, tau, c, ldc);
+}
+void sytrd(int n, double* a, int lda, double* d, double* e, double* tau) {
+  int info = 0;
+  with_work<double>([&](double* work, const int* lwork) {
+    BLAS(dsytrd)("U", &n, a, &lda, d, e, tau, work, lwork, &info);
+  });
+}
+void ormtr(int n, int k, const double* a, int lda, const double* tau, double* c, int ldc) {
+  int info = 0;
+  with_work<double>([&](double* work, const int* lwork) {
+    BLAS(dormtr)("L", "U", "N", &n, &k, a, &lda, tau, c, &ldc, work, lwork, &info);
+  });
 }
 bool syevd(int n, double* a, int lda, double* w) {
   double size = 0;

@@ -32,6 +32,11 @@ void ormqr(int m, int k, int n, const double* a, int lda, const double* tau, dou
 // The upper triangle of symmetric A (n, n) becomes A's eigenvectors by columns, w its eigenvalues,
 // ascending; false where the iteration does not converge.
 bool syevd(int n, double* a, int lda, double* w);
+// The upper triangle of symmetric A (n, n) becomes the reflections of Q, tau (n - 1) their factors:
+// A = Q T Q^T, T with diagonal d and e beside it.
+void sytrd(int n, double* a, int lda, double* d, double* e, double* tau);
+// C (n, k) <- Q C, Q from sytrd.
+void ormtr(int n, int k, const double* a, int lda, const double* tau, double* c, int ldc);
 // A (n, n) = U diag(S) Vt, A is destroyed; false where the iteration does not converge.
 bool gesdd(int n, float* a, int lda, float* s, float* u, int ldu, float* vt, int ldvt);
 bool gesdd(int n, double* a, int lda, double* s, double* u, int ldu, double* vt, int ldvt);

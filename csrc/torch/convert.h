@@ -7,8 +7,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 
+#include "structmat/activation.h"
 #include "structmat/context.h"
 #include "structmat/matrix.h"
 #include "structmat/svd.h"
@@ -126,6 +128,17 @@ inline StridedMatrixView strided_matrix_view(const Tensor& t, const char* op, co
   return {t.data_ptr(), dtype_of(t, op, name), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
+// Any strides will do; nothing is copied.
+inline ConstArrayView array_view(const Tensor& t, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4, op, ": ", name, " must have 4 dimensions, got ", t.dim());
+  ConstArrayView view{t.data_ptr(), dtype_of(t, op, name)};
+  for (int d = 0; d < 4; ++d) {
+    view.sizes[d] = t.size(d);
+    view.strides[d] = t.stride(d);
+  }
+  return view;
+}
+
 constexpr std::size_t kMaxDims = 64;  // torch's own limit
 
 // An uninitialized contiguous tensor of the dtype and device of `like`. torch::stable::new_empty
@@ -146,6 +159,20 @@ inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
                                                   sizes.data(), strides, dtype, device, index,
                                                   &handle));
   return Tensor(handle);
+}
+
+// like.shape[:-1] + (last,)
+inline Tensor new_rows(const Tensor& like, std::int64_t last) {
+  const auto sizes = like.sizes();
+  std::int64_t shape[kMaxDims];
+  std::copy(sizes.begin(), sizes.end(), shape);
+  shape[sizes.size() - 1] = last;
+  return new_tensor(like, {shape, sizes.size()});
+}
+
+// Stands for a gradient that nobody asked for.
+inline Tensor nothing(const Tensor& like) {
+  return new_tensor(like, {0});
 }
 
 // t (..., n) as a matrix of rows, its leading dimensions taken as one; copies only where strides
@@ -191,6 +218,26 @@ struct Rows {
 inline VectorView vector_view(const Tensor& t, const char* op, const char* name) {
   STD_TORCH_CHECK(t.dim() == 1, op, ": ", name, " must have 1 dimension, got ", t.dim());
   return {t.data_ptr(), dtype_of(t, op, name), t.size(0)};
+}
+
+// An optional bias, on the device of `x`; copies only where its elements do not lie side by side.
+struct Bias {
+  std::optional<Tensor> tensor;  // keeps a copy alive
+  ConstVectorView view;
+
+  Bias(const Tensor& x, const std::optional<Tensor>& b, const char* op) {
+    if (!b) return;
+    check_same_device(x, *b, op, "bias");
+    const bool fine = b->dim() != 1 || b->stride(0) == 1 || b->size(0) <= 1;
+    tensor = fine ? *b : torch::stable::contiguous(*b);
+    view = vector_view(*tensor, op, "bias");
+  }
+};
+
+inline Activation activation_of(std::int64_t code, const char* op) {
+  STD_TORCH_CHECK(code >= 0 && code <= 3, op, ": activation is ", code,
+                  ", wanted 0 (none), 1 (relu), 2 (gelu) or 3 (silu)");
+  return static_cast<Activation>(code);
 }
 
 }  // namespace structmat::torch_bindings

@@ -17,6 +17,7 @@ bool has_cuda() {
 
 STRUCTMAT_LIBRARY(m) {
   m.def("has_cuda() -> bool");
+  m.def("block_svd(Tensor A, int rank) -> (Tensor U, Tensor S, Tensor Vh, Tensor norms)");
   m.def(
       "block_sweep(Tensor A, Tensor X, Tensor(a!) Y, Tensor(b!) Z, Tensor(c!) facts, bool measure) "
       "-> ()");
@@ -27,6 +28,12 @@ STRUCTMAT_LIBRARY(m) {
       "range_step(Tensor[] A, Tensor[] Q, int seed) -> "
       "(Tensor[] P, Tensor[] next, Tensor[] B, Tensor finite)");
   m.def("gaussian(Tensor like, int rows, int cols, int seed, int stream) -> Tensor");
+  m.def(
+      "kronecker_sparse_linear(Tensor x, Tensor W, Tensor? bias=None, int activation=0) -> "
+      "Tensor");
+  m.def(
+      "kronecker_sparse_linear_backward(Tensor dy, Tensor? x, Tensor W, bool need_x, bool need_W, "
+      "bool need_bias) -> (Tensor dx, Tensor dW, Tensor dbias)");
   m.def("low_rank_linear(Tensor x, Tensor U, Tensor V, Tensor? bias=None) -> Tensor");
   m.def(
       "low_rank_linear_train(Tensor x, Tensor U, Tensor V, Tensor? bias, bool keep_hidden) -> "
@@ -34,6 +41,16 @@ STRUCTMAT_LIBRARY(m) {
   m.def(
       "low_rank_linear_backward(Tensor dy, Tensor? x, Tensor U, Tensor V, Tensor? hidden, "
       "bool need_x, bool need_bias) -> (Tensor dx, Tensor dU, Tensor dV, Tensor dbias)");
+  m.def(  // activation: 0 none, 1 relu, 2 gelu, 3 silu
+      "monarch_linear(Tensor x, Tensor W1, Tensor W2, Tensor? bias=None, int activation=0, "
+      "bool interleaved_hidden=False, bool interleaved_output=False) -> Tensor");
+  m.def(
+      "monarch_linear_train(Tensor x, Tensor W1, Tensor W2, Tensor? bias, bool interleaved_hidden, "
+      "bool interleaved_output, bool keep_hidden) -> (Tensor y, Tensor hidden)");
+  m.def(
+      "monarch_linear_backward(Tensor dy, Tensor? x, Tensor W1, Tensor W2, Tensor? hidden, "
+      "bool interleaved_hidden, bool interleaved_output, bool need_x, bool need_W1, bool need_W2, "
+      "bool need_bias) -> (Tensor dx, Tensor dW1, Tensor dW2, Tensor dbias)");
   m.def(  // on the CPU alone
       "svd_tail(Tensor A, int rank, int? oversample, int seed) -> "
       "(Tensor U, Tensor S, Tensor Vh, Tensor info)");

@@ -9,46 +9,24 @@
 namespace structmat::torch_bindings {
 namespace {
 
-// like.shape[:-1] + (last,)
-Tensor new_rows(const Tensor& like, std::int64_t last) {
-  const auto sizes = like.sizes();
-  std::int64_t shape[kMaxDims];
-  std::copy(sizes.begin(), sizes.end(), shape);
-  shape[sizes.size() - 1] = last;
-  return new_tensor(like, {shape, sizes.size()});
-}
-
-Tensor nothing(const Tensor& like) {
-  return new_tensor(like, {0});
-}
-
-struct Factors {  // U (m, r), V (r, n), bias (m,)
+struct Factors {  // U (m, r), V (r, n)
   Tensor u_rows, v_rows;
   ConstMatrixView u, v;
-  ConstVectorView bias;
 
-  Factors(const char* op, const Tensor& x, const Tensor& U, const Tensor& V,
-          const std::optional<Tensor>& b)
+  Factors(const char* op, const Tensor& x, const Tensor& U, const Tensor& V)
       : u_rows(with_contiguous_rows(U)), v_rows(with_contiguous_rows(V)) {
     check_same_device(x, U, op, "U");
     check_same_device(x, V, op, "V");
     u = matrix_view(u_rows, op, "U");
     v = matrix_view(v_rows, op, "V");
-    if (!b) return;
-    check_same_device(x, *b, op, "bias");
-    const bool fine = b->dim() != 1 || b->stride(0) == 1 || b->size(0) <= 1;
-    bias_ = fine ? *b : torch::stable::contiguous(*b);
-    bias = vector_view(*bias_, op, "bias");
   }
-
- private:
-  std::optional<Tensor> bias_;
 };
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& U, const Tensor& V,
                                    const std::optional<Tensor>& bias, bool keep_hidden) {
   constexpr const char* op = "low_rank_linear";
-  const Factors w(op, x, U, V, bias);
+  const Factors w(op, x, U, V);
+  const Bias b(x, bias, op);
   const Rows rows(x, op, "x");
   Scope scope(x);
   Tensor y = new_rows(x, w.u.rows);
@@ -58,7 +36,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& U, const Tenso
                                                     w.u.cols, rows.view.dtype, keep_hidden));
   MatrixView hidden;
   if (keep_hidden) hidden = {h.data_ptr(), rows.view.dtype, tokens, w.u.cols, w.u.cols};
-  structmat::low_rank_linear(scope.context, rows.view, w.u, w.v, w.bias,
+  structmat::low_rank_linear(scope.context, rows.view, w.u, w.v, b.view,
                              {y.data_ptr(), rows.view.dtype, tokens, w.u.rows, w.u.rows}, hidden);
   return {y, h};
 }
@@ -80,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
     const Tensor& dy, const std::optional<Tensor>& x, const Tensor& U, const Tensor& V,
     const std::optional<Tensor>& hidden, bool need_x, bool need_bias) {
   constexpr const char* op = "low_rank_linear_backward";
-  const Factors w(op, dy, U, V, std::nullopt);
+  const Factors w(op, dy, U, V);
   const Rows dy_rows(dy, op, "dy");
   std::optional<Rows> x_rows, h_rows;
   if (x) x_rows.emplace(*x, op, "x");

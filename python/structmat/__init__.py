@@ -15,7 +15,7 @@ torch.ops.load_library(_spec.origin)
 # For CMake: -DCMAKE_PREFIX_PATH=$(structmat-config --cmake-prefix)
 cmake_prefix_path = str(Path(_spec.origin).parent / "lib" / "cmake")
 
-from . import linalg, nn, ops  # noqa: E402  (register the fakes of the operators just loaded)
+from . import kronecker_sparse, linalg, monarch, nn, ops  # noqa: E402  (register the fakes of the operators just loaded)
 from .compress import (  # noqa: E402
     CompressionReport,
     LayerReport,
@@ -31,8 +31,10 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "compress",
+    "kronecker_sparse",
     "linalg",
     "load_pretrained",
+    "monarch",
     "nn",
     "ops",
     "save_pretrained",

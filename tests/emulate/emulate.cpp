@@ -177,6 +177,7 @@ struct Scheduler : Block {
       t.fibre = nullptr;
       t.done = false;
       t.mask = 0;
+      t.copies.clear();
       add(t, ready.size());
     }
     ahead = below(2) == 0;
@@ -343,6 +344,10 @@ std::uint64_t wait_for_warp(unsigned mask, std::uint64_t given, int source) {
   block.release_warp(self, mask);
   block.go_on(*self.fibre);
   return self.taken;
+}
+
+void fail(const char* what) {
+  if (scheduler().failure.empty()) scheduler().failure = what;
 }
 
 void launch(std::function<void()> body, dim3 grid, dim3 block_dim, std::size_t shared_bytes) {

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 #define __global__ static
 #define __device__
@@ -45,6 +46,12 @@ namespace emulate {
 
 struct Fibre;
 
+struct Copy {  // under way to shared memory
+  void* to;
+  const void* from;
+  int count, bytes;  // no bytes: the end of a group
+};
+
 struct Thread {
   dim3 index;
   int lane = 0;
@@ -54,6 +61,7 @@ struct Thread {
   // What it brings to a warp barrier, whose value it wants, and what it got.
   std::uint64_t given = 0, taken = 0;
   int source = 0;
+  std::vector<Copy> copies;
 };
 
 struct Block {
@@ -70,6 +78,8 @@ constexpr int kBallot = -1;  // as a source: bit i is set where lane i gave a on
 void wait_for_block();
 // Gives back the value of lane `source`, all ones where that lane is absent or outside the mask.
 std::uint64_t wait_for_warp(unsigned mask, std::uint64_t given = ~std::uint64_t{0}, int source = 0);
+// Ends the launch with an error, once the thread gives way.
+void fail(const char* what);
 // Runs `body` once per thread of every block.
 void launch(std::function<void()> body, dim3 grid, dim3 block, std::size_t shared_bytes);
 
@@ -107,6 +117,11 @@ namespace structmat::cuda {
 inline int max_shared_bytes() {
   const char* wanted = std::getenv("STRUCTMAT_EMULATE_SHARED");
   return wanted != nullptr ? std::atoi(wanted) : 227 * 1024;
+}
+// An H100's, or STRUCTMAT_EMULATE_SMS for another GPU's.
+inline int multiprocessors() {
+  const char* wanted = std::getenv("STRUCTMAT_EMULATE_SMS");
+  return wanted != nullptr ? std::atoi(wanted) : 132;
 }
 inline void read(void*, void* to, const void* from, std::size_t bytes) {
   std::memcpy(to, from, bytes);

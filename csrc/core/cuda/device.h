@@ -46,6 +46,15 @@ inline int max_shared_bytes() {
   return bytes;
 }
 
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  const bool ok =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  STRUCTMAT_CHECK(ok, "structmat: cannot read how many multiprocessors the device has");
+  return count;
+}
+
 // From the device to the host, after what was enqueued before: the host waits.
 inline void read(void* stream, void* to, const void* from, std::size_t bytes) {
   const auto on = static_cast<cudaStream_t>(stream);

@@ -21,10 +21,10 @@ std::size_t kronecker_sparse_linear_workspace(const Context& context, std::int64
   return 0;
 }
 
-std::size_t kronecker_sparse_linear_backward_workspace(const Context& context, std::int64_t,
-                                                       const ConstArrayView&) {
-  static_cast<void>(context);
-  return 0;
+std::size_t kronecker_sparse_linear_backward_workspace(const Context& context, std::int64_t tokens,
+                                                       const ConstArrayView& w) {
+  if (context.device == Device::cpu) return 0;
+  return kronecker_sparse_linear_backward_workspace_cuda(tokens, w);
 }
 
 void kronecker_sparse_linear(const Context& context, ConstMatrixView x, const ConstArrayView& w,

@@ -13,5 +13,8 @@ void kronecker_sparse_linear_backward_cuda(const Context&, ConstMatrixView, Cons
                                            const ConstArrayView&, const KroneckerSparseGradients&) {
   detail::fail("kronecker_sparse_linear_backward: structmat was built without CUDA");
 }
+std::size_t kronecker_sparse_linear_backward_workspace_cuda(std::int64_t, const ConstArrayView&) {
+  return 0;
+}
 
 }  // namespace structmat

@@ -17,5 +17,7 @@ void kronecker_sparse_linear_cuda(const Context& context, ConstMatrixView x,
 void kronecker_sparse_linear_backward_cuda(const Context& context, ConstMatrixView dy,
                                            ConstMatrixView x, const ConstArrayView& w,
                                            const KroneckerSparseGradients& grads);
+std::size_t kronecker_sparse_linear_backward_workspace_cuda(std::int64_t tokens,
+                                                            const ConstArrayView& w);
 
 }  // namespace structmat

@@ -4,6 +4,7 @@
 // addition.
 #include <algorithm>
 
+#include "cuda/column_sums.h"
 #include "cuda/device.h"
 #include "cuda/gemm.h"
 #include "half.h"
@@ -166,41 +167,6 @@ void decode(const Context& context, const low_rank::DecodePhase& phase, DecodeAr
   launch(integral_constant<int, 8>{}, integral_constant<int, 4>{});
 }
 
-// out[b, j] = sum of in[t, j] over the tokens of block b
-template <class In, class Out>
-__global__ void column_sum_kernel(const In* in, std::int64_t stride, std::int64_t rows,
-                                  std::int64_t cols, std::int64_t rows_per_block, Out* out) {
-  using Sum = accumulator_t<In>;
-  SM_DYNAMIC_SHARED(Sum, part);  // (8, 32)
-  const std::int64_t col = static_cast<std::int64_t>(blockIdx.x) * 32 + threadIdx.x;
-  const std::int64_t begin = blockIdx.y * rows_per_block;
-  const std::int64_t end = begin + rows_per_block < rows ? begin + rows_per_block : rows;
-  Sum sum = 0;
-  if (col < cols)
-    for (std::int64_t t = begin + threadIdx.y; t < end; t += 8)
-      sum += to_float(in[t * stride + col]);
-  part[threadIdx.y * 32 + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || col >= cols) return;
-  for (int i = 1; i < 8; ++i) sum += part[i * 32 + threadIdx.x];
-  out[blockIdx.y * cols + col] = rounded<Out>(sum);
-}
-
-template <class T>
-void column_sums(const Context& context, ConstMatrixView a, std::int64_t blocks, void* partial,
-                 VectorView out) {
-  using Sum = accumulator_t<T>;
-  if (a.cols == 0) return;
-  const unsigned columns = static_cast<unsigned>(ceil_div(a.cols, 32));
-  constexpr std::size_t bytes = 8 * 32 * sizeof(Sum);
-  SM_LAUNCH((column_sum_kernel<T, Sum>), dim3(columns, static_cast<unsigned>(blocks)), dim3(32, 8),
-            bytes, context.stream, static_cast<const T*>(a.data), a.row_stride, a.rows, a.cols,
-            ceil_div(a.rows, blocks), static_cast<Sum*>(partial));
-  SM_LAUNCH((column_sum_kernel<Sum, T>), dim3(columns), dim3(32, 8), bytes, context.stream,
-            static_cast<const Sum*>(partial), a.cols, blocks, a.cols, blocks,
-            static_cast<T*>(out.data));
-}
-
 // c = op(a) op(b) (+ bias)
 void multiply(const Context& context, ConstMatrixView a, bool trans_a, ConstMatrixView b,
               bool trans_b, MatrixView c, const void* bias, void* workspace) {
@@ -262,10 +228,7 @@ void low_rank_linear_backward_cuda(const Context& context, ConstMatrixView dy, C
   if (grads.u.data != nullptr)
     multiply(context, dy, true, hidden, false, grads.u, nullptr, workspace);
   if (grads.v.data != nullptr) multiply(context, dh, true, x, false, grads.v, nullptr, workspace);
-  if (grads.bias.data != nullptr)
-    dispatch_dtype(dy.dtype, [&](auto element) {
-      column_sums<decltype(element)>(context, dy, plan.column_sum_blocks, partial, grads.bias);
-    });
+  if (grads.bias.data != nullptr) cuda::column_sums(context, dy, partial, grads.bias);
 }
 
 }  // namespace structmat

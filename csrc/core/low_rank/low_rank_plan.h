@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/column_sums.h"
 #include "cuda/gemm.h"
 #include "structmat/matrix.h"
 
@@ -16,7 +17,6 @@ constexpr std::int64_t kChunk = 1024;       // columns of x staged in shared mem
 constexpr std::int64_t kMaxSplits = 4;
 // 132 SMs (H100, H200), 16 warps on each: enough 16-byte loads in flight to cover the latency.
 constexpr std::int64_t kWantedWarps = 132 * 16;
-constexpr std::int64_t kColumnSumTokens = 512;  // tokens a block of the bias gradient adds up
 
 // A product of `tokens` rows with a weight of `rows` rows and `cols` columns: a warp owns
 // `rows_per_warp` rows for a group of `token_group` tokens; columns are cut into `splits`, whose
@@ -78,19 +78,16 @@ inline ForwardPlan forward_plan(std::int64_t tokens, std::int64_t m, std::int64_
 }
 
 struct BackwardPlan {
-  std::int64_t column_sum_blocks = 1;  // blocks of tokens of the bias gradient
-  std::size_t hidden_bytes = 0;        // dh = dy U (T, r)
-  std::size_t partial_bytes = 0;       // partial sums of the bias gradient
+  std::size_t hidden_bytes = 0;   // dh = dy U (T, r)
+  std::size_t partial_bytes = 0;  // partial sums of the bias gradient
   std::size_t workspace_bytes = 0;
 };
 
 inline BackwardPlan backward_plan(std::int64_t tokens, std::int64_t m, std::int64_t r,
                                   DType dtype) {
   BackwardPlan plan;
-  plan.column_sum_blocks = std::clamp<std::int64_t>(ceil_div(tokens, kColumnSumTokens), 1, 64);
   plan.hidden_bytes = aligned(static_cast<std::size_t>(tokens * r) * size_of(dtype));
-  plan.partial_bytes =
-      aligned(static_cast<std::size_t>(plan.column_sum_blocks * m) * (dtype == DType::f64 ? 8 : 4));
+  plan.partial_bytes = cuda::column_sum_bytes(tokens, m, dtype);
   plan.workspace_bytes = plan.hidden_bytes + plan.partial_bytes + cuda::kGemmWorkspace;
   return plan;
 }

@@ -31,16 +31,16 @@ Sizes check_weights(const char* op, const Checker& check, const MonarchWeights& 
 
 }  // namespace
 
-std::size_t monarch_linear_workspace(const Context& context, std::int64_t, const MonarchWeights&,
-                                     bool) {
-  static_cast<void>(context);
-  return 0;
+std::size_t monarch_linear_workspace(const Context& context, std::int64_t tokens,
+                                     const MonarchWeights& weights, bool with_hidden) {
+  if (context.device == Device::cpu) return 0;
+  return monarch_linear_workspace_cuda(tokens, weights, with_hidden);
 }
 
-std::size_t monarch_linear_backward_workspace(const Context& context, std::int64_t,
-                                              const MonarchWeights&, bool) {
-  static_cast<void>(context);
-  return 0;
+std::size_t monarch_linear_backward_workspace(const Context& context, std::int64_t tokens,
+                                              const MonarchWeights& weights, bool) {
+  if (context.device == Device::cpu) return 0;
+  return monarch_linear_backward_workspace_cuda(tokens, weights);
 }
 
 void monarch_linear(const Context& context, ConstMatrixView x, const MonarchWeights& weights,

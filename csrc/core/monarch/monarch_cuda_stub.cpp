@@ -13,5 +13,11 @@ void monarch_linear_backward_cuda(const Context&, ConstMatrixView, ConstMatrixVi
                                   const MonarchWeights&, const void*, const MonarchGradients&) {
   detail::fail("monarch_linear_backward: structmat was built without CUDA");
 }
+std::size_t monarch_linear_workspace_cuda(std::int64_t, const MonarchWeights&, bool) {
+  return 0;
+}
+std::size_t monarch_linear_backward_workspace_cuda(std::int64_t, const MonarchWeights&) {
+  return 0;
+}
 
 }  // namespace structmat

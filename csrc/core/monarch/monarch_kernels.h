@@ -16,5 +16,9 @@ void monarch_linear_cuda(const Context& context, ConstMatrixView x, const Monarc
 void monarch_linear_backward_cuda(const Context& context, ConstMatrixView dy, ConstMatrixView x,
                                   const MonarchWeights& weights, const void* hidden,
                                   const MonarchGradients& grads);
+std::size_t monarch_linear_workspace_cuda(std::int64_t tokens, const MonarchWeights& weights,
+                                          bool with_hidden);
+std::size_t monarch_linear_backward_workspace_cuda(std::int64_t tokens,
+                                                   const MonarchWeights& weights);
 
 }  // namespace structmat

@@ -2,6 +2,7 @@
 // Everything public.
 #pragma once
 #include "structmat/activation.h"
+#include "structmat/block_svd.h"
 #include "structmat/context.h"
 #include "structmat/error.h"
 #include "structmat/info.h"

@@ -2,76 +2,13 @@
 """``y = x V^T U^T + b``: a linear layer whose weight is the product of two thin factors."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from .. import ops
-
-_CHEAP = {
-    getattr(Tensor, name).__get__
-    for name in (
-        "dtype",
-        "device",
-        "shape",
-        "ndim",
-        "is_cuda",
-        "is_meta",
-        "layout",
-        "requires_grad",
-    )
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
-
-
-class _Product(Tensor):
-    """``U V``, computed by what is called with it, unless that needs only its dtype or shape.
-
-    Being no plain tensor, it also keeps ``nn.TransformerEncoderLayer`` from its fused path, which
-    would multiply by the dense weight.
-    """
-
-    _factors: tuple[Tensor, Tensor]
-
-    @staticmethod
-    def __new__(cls, U: Tensor, V: Tensor) -> "_Product":
-        product: _Product = Tensor._make_wrapper_subclass(
-            cls,
-            (U.shape[0], V.shape[1]),
-            dtype=U.dtype,
-            device=U.device,
-            requires_grad=torch.is_grad_enabled() and (U.requires_grad or V.requires_grad),
-        )
-        product._factors = U, V
-        return product
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _CHEAP:
-                return func(*args, **kwargs)
-            name = func.__name__
-            if name in ("__set__", "__setitem__") or (name[-1] == "_" and name[-2:] != "__"):
-                raise RuntimeError(
-                    "LowRankLinear.weight is a product: change its factors, U and V, instead"
-                )
-            args, kwargs = tree_map_only(
-                cls, lambda x: x._factors[0] @ x._factors[1], (args, kwargs)
-            )
-            return func(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        raise NotImplementedError(
-            f"LowRankLinear.weight: {func} was called past __torch_function__; give it the product "
-            "itself, layer.U @ layer.V"
-        )
+from .convert import dense_like, finite_rows, finite_weight
+from .product import product
 
 
 class LowRankLinear(nn.Module):
@@ -166,7 +103,8 @@ class LowRankLinear(nn.Module):
             RuntimeError: it is written to, which would change neither. ``weight.data`` and
                 ``weight.detach()`` are copies, and can be.
         """
-        return self.U @ self.V if torch.compiler.is_compiling() else _Product(self.U, self.V)
+        shape = self.out_features, self.in_features
+        return product("LowRankLinear", shape, {"U": self.U, "V": self.V}, torch.matmul)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.low_rank_linear(x, self.U, self.V, self.bias)
@@ -190,24 +128,15 @@ class LowRankLinear(nn.Module):
         """
         from ..compress import factor
 
-        W = linear.weight.detach()
+        W = finite_weight("LowRankLinear.from_linear", linear)
         if not 1 <= rank <= min(W.shape):
             raise ValueError(
                 f"LowRankLinear.from_linear: rank must be from 1 to {min(W.shape)}, got {rank}"
             )
-        if not torch.isfinite(W).all():
-            raise ValueError("LowRankLinear.from_linear: the weight has NaN or Inf")
         if inputs is None:
             factors = factor.svd(W)
         else:
-            if inputs.shape[-1] != linear.in_features or inputs.numel() == 0:
-                raise ValueError(
-                    "LowRankLinear.from_linear: inputs must be (..., n) with at least one row and "
-                    f"n = {linear.in_features}, got {tuple(inputs.shape)}"
-                )
-            rows = inputs.detach().reshape(-1, linear.in_features).to(W.device, torch.float64)
-            if not torch.isfinite(rows).all():
-                raise ValueError("LowRankLinear.from_linear: the inputs have NaN or Inf")
+            rows = finite_rows("LowRankLinear.from_linear", linear, inputs)
             small = rows if factor.on_input_side(W) else rows @ W.double().T
             factors = factor.whitened(W, small.T @ small)
         bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
@@ -228,18 +157,7 @@ class LowRankLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """The dense layer with ``W = U V``, of the same dtype and device."""
-        linear = nn.Linear(
-            self.in_features,
-            self.out_features,
-            bias=self.bias is not None,
-            device=self.U.device,
-            dtype=self.U.dtype,
-        )
-        with torch.no_grad():
-            linear.weight.copy_(self.U.double() @ self.V.double())
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-        return linear.train(self.training)
+        return dense_like(self, self.U.detach().double() @ self.V.detach().double(), self.U)
 
     def extra_repr(self) -> str:
         return (

@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of structured matrices."""
 
+from .block_diagonal import block_diagonal_linear
+from .kronecker_sparse import kronecker_sparse_linear
 from .low_rank import low_rank_linear
+from .monarch import monarch_linear
 
-__all__ = ["low_rank_linear"]
+__all__ = [
+    "block_diagonal_linear",
+    "kronecker_sparse_linear",
+    "low_rank_linear",
+    "monarch_linear",
+]

@@ -5,14 +5,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional
+
+from .arguments import (
+    autocast,
+    check_bias,
+    check_dimensions,
+    check_tensors,
+    is_tracing,
+    needs_composition,
+)
 
 _linear = torch.ops.structmat.low_rank_linear.default
 _linear_train = torch.ops.structmat.low_rank_linear_train.default
 _linear_backward = torch.ops.structmat.low_rank_linear_backward.default
-_is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,16 +63,9 @@ def low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None)
     """
     try:
         if torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
-            x, U, V, bias = _autocast(x, U, V, bias)
-        if (
-            torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-            or torch.compiler.is_exporting()
-            or _is_tracing()
-        ):
-            # The operator knows no tangents and no batches of batches, and a graph that outlives
-            # this process would know no gradient of it; torch's products know all rules.
-            if not _is_tracing():  # where sizes are no numbers
+            x, U, V, bias = autocast(x, U, V, bias)
+        if needs_composition():
+            if not is_tracing():  # where sizes are no numbers
                 _check(x, U, V, bias)
             return functional.linear(functional.linear(x, V), U, bias)
         if torch.is_grad_enabled() and (
@@ -83,35 +82,12 @@ def low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None)
         raise
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
-    """Casts as torch.nn.functional.linear does under torch.autocast."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return [
-        a.to(dtype) if a is not None and a.is_floating_point() and a.dtype != torch.float64 else a
-        for a in (x, *others)
-    ]
-
-
 def _check(x: Any, U: Any, V: Any, bias: Any) -> None:
     """Raises for arguments that do not fit together."""
     op = "low_rank_linear"
-    given = {"x": x, "U": U, "V": V} | ({} if bias is None else {"bias": bias})
-    for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    for name, tensor in given.items():
-        if tensor.dtype not in _DTYPES or tensor.dtype != x.dtype:
-            raise TypeError(
-                f"{op}: {name} is {tensor.dtype}, wanted "
-                + ("one of " + ", ".join(map(str, _DTYPES)) if name == "x" else f"{x.dtype} as x")
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}")
-    if x.dim() < 1:
-        raise ValueError(f"{op}: x must have at least 1 dimension, got 0")
-    for name, tensor in (("U", U), ("V", V)):
-        if tensor.dim() != 2:
-            raise ValueError(f"{op}: {name} must have 2 dimensions, got {tensor.dim()}")
+    check_tensors(op, {"x": x, "U": U, "V": V} | ({} if bias is None else {"bias": bias}))
+    check_dimensions(op, "U", U, 2)
+    check_dimensions(op, "V", V, 2)
     if V.shape[1] != x.shape[-1]:
         raise ValueError(
             f"{op}: x has {x.shape[-1]} columns, V {tuple(V.shape)} takes {V.shape[1]}"
@@ -120,8 +96,7 @@ def _check(x: Any, U: Any, V: Any, bias: Any) -> None:
         raise ValueError(
             f"{op}: U {tuple(U.shape)} has rank {U.shape[1]}, V {tuple(V.shape)} {V.shape[0]}"
         )
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != U.shape[0]):
-        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, wanted ({U.shape[0]},)")
+    check_bias(op, bias, U.shape[0])
 
 
 @torch.library.register_fake("structmat::low_rank_linear")

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of strided_product.cu share: which tile a block computes, tables of addresses,
+// and the sum of parts.
+#pragma once
+#include "cuda/activate.h"
+#include "cuda/strided_product.h"
+#include "half.h"
+#include "structmat/error.h"
+
+namespace structmat::cuda {
+
+constexpr std::int64_t tiles_of(std::int64_t count, std::int64_t tile) {
+  return (count + tile - 1) / tile;
+}
+
+template <class T, class Sum>
+__device__ T rounded(Sum value) {
+  if constexpr (sizeof(T) == sizeof(Sum))
+    return value;
+  else
+    return from_float<T>(value);
+}
+
+// The tile of a block. Columns run fastest, then batches: blocks that run together share rows of A
+// and all of B, which stays in the L2 cache.
+struct Tile {
+  std::int64_t batch, row, col, begin, split;
+  int height, width;   // of the part that lies in C
+  std::int64_t inner;  // terms of the sum, from `begin` on
+};
+template <int kRows, int kCols>
+__device__ Tile tile_of_block(const StridedProduct& p, std::int64_t group) {
+  const std::int64_t cols = tiles_of(p.cols, kCols), batches = tiles_of(p.batches, group),
+                     rows = tiles_of(p.rows, kRows);
+  std::int64_t i = blockIdx.x;
+  Tile tile;
+  tile.col = i % cols * kCols, i /= cols;
+  tile.batch = i % batches * group, i /= batches;
+  tile.row = i % rows * kRows;
+  tile.split = i / rows;
+  tile.height = p.rows - tile.row < kRows ? static_cast<int>(p.rows - tile.row) : kRows;
+  tile.width = p.cols - tile.col < kCols ? static_cast<int>(p.cols - tile.col) : kCols;
+  tile.begin = tile.split * p.split_inner;
+  const std::int64_t left = p.inner - tile.begin;
+  tile.inner = p.splits > 1 && p.split_inner < left ? p.split_inner : left;
+  return tile;
+}
+template <int kRows, int kCols>
+dim3 grid_of(const StridedProduct& p, std::int64_t group) {
+  const std::int64_t blocks =
+      tiles_of(p.cols, kCols) * tiles_of(p.batches, group) * tiles_of(p.rows, kRows) * p.splits;
+  STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,
+                  "structmat: a product of more than 2^31 tiles, which no launch takes");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
+// Addresses of a tile's rows of A, rows of B (columns of the tile) and, for four steps, of its
+// columns of both. Dividing here takes no time from the threads that copy.
+template <int kRows, int kCols, int kDepth>
+struct Addresses {
+  std::int64_t a_row[kRows], b_row[kCols], a_inner[4][kDepth], b_inner[4][kDepth];
+
+  __device__ void start(const StridedProduct& p, const Tile& tile, int thread, int threads) {
+    for (int i = thread; i < kRows; i += threads) a_row[i] = p.a.row.at(tile.batch, tile.row + i);
+    for (int i = thread; i < kCols; i += threads) b_row[i] = p.b.row.at(tile.batch, tile.col + i);
+  }
+  __device__ void step(const StridedProduct& p, const Tile& tile, std::int64_t number, int thread) {
+    const std::int64_t i = tile.begin + number * kDepth + thread % kDepth;
+    if (thread < kDepth)
+      a_inner[number % 4][thread] = p.a.col.at(tile.batch, i);
+    else if (thread < 2 * kDepth)
+      b_inner[number % 4][thread - kDepth] = p.b.col.at(tile.batch, i);
+  }
+  // Those of C take the place of those of A and B.
+  __device__ void finish(const StridedProduct& p, const Tile& tile, int thread, int threads) {
+    for (int i = thread; i < kRows; i += threads) a_row[i] = p.c.row.at(tile.batch, tile.row + i);
+    for (int i = thread; i < kCols; i += threads) b_row[i] = p.c.col.at(tile.batch, tile.col + i);
+  }
+};
+
+template <class T>
+__device__ const T* operand(const Operand& x, std::int64_t batch) {
+  return static_cast<const T*>(x.data) + x.batch.at(0, batch);
+}
+
+// ---- From the sums of a tile to C ---------------------------------------------------------------
+
+template <class Sum, int kRows, int kCols>
+struct SumTile {
+  Sum value[kRows][kCols + 8];
+};
+
+// f(row, column, act(sum + bias) as C's type) of each element of the tile, side by side.
+template <class T, int kThreads, class Sums, class At, class F>
+__device__ void for_each_sum(const StridedProduct& p, const Tile& tile, const Sums& sums,
+                             const At& at, int thread, F f) {
+  const T* const bias =
+      p.bias == nullptr ? nullptr : static_cast<const T*>(p.bias) + p.c.batch.at(0, tile.batch);
+  const int width = tile.width, count = tile.height * width;
+  SM_ROLLED
+  for (int i = thread; i < count; i += kThreads) {
+    const int r = i / width, c = i % width;
+    accumulator_t<T> z = sums.value[r][c];
+    if (bias != nullptr) z += to_float(bias[at.b_row[c]]);
+    f(r, c, rounded<T>(activated(z, p.activation)));
+  }
+}
+
+template <class T, int kThreads, class Sums, class At>
+__device__ void store_sums(const StridedProduct& p, const Tile& tile, const Sums& sums,
+                           const At& at, int thread) {
+  T* const c = const_cast<T*>(operand<T>(p.c, tile.batch));
+  for_each_sum<T, kThreads>(p, tile, sums, at, thread, [&](int row, int col, T value) {
+    c[at.a_row[row] + at.b_row[col]] = value;
+  });
+}
+
+// By 16 bytes: eight numbers of a 16-bit type lie side by side.
+template <class T, int kThreads, class Sums, class At>
+__device__ void store_packs(const StridedProduct& p, const Tile& tile, const Sums& sums,
+                            const At& at, int thread) {
+  struct alignas(16) Pack {
+    T value[kPack];
+  };
+  T* const c = const_cast<T*>(operand<T>(p.c, tile.batch));
+  const T* const bias =
+      p.bias == nullptr ? nullptr : static_cast<const T*>(p.bias) + p.c.batch.at(0, tile.batch);
+  const int width = tile.width, packs = (width + kPack - 1) / kPack;
+  SM_ROLLED
+  for (int i = thread; i < tile.height * packs; i += kThreads) {
+    const int r = i / packs, n = i % packs * kPack;
+    const int count = width - n < kPack ? width - n : kPack;
+    T* const to = c + at.a_row[r] + at.b_row[n];
+    Pack pack;
+    SM_UNROLL
+    for (int e = 0; e < kPack; ++e) {
+      accumulator_t<T> z = sums.value[r][n + e];
+      if (bias != nullptr && e < count) z += to_float(bias[at.b_row[n + e]]);
+      if (p.activation != Activation::none) z = activated(z, p.activation);
+      pack.value[e] = rounded<T>(z);
+    }
+    if (count == kPack) {
+      *reinterpret_cast<Pack*>(to) = pack;
+    } else {
+      SM_UNROLL
+      for (int e = 0; e < kPack; ++e)
+        if (e < count) to[e] = pack.value[e];
+    }
+  }
+}
+
+template <int kThreads, class Sum, int kRows, int kCols>
+__device__ void store_part(const StridedProduct& p, const Tile& tile,
+                           const SumTile<Sum, kRows, kCols>& sums, int thread) {
+  Sum* const part =
+      static_cast<Sum*>(p.partial) + (tile.split * p.batches + tile.batch) * p.rows * p.cols;
+  const int width = tile.width, count = tile.height * width;
+  SM_ROLLED
+  for (int i = thread; i < count; i += kThreads) {
+    const int r = i / width, c = i % width;
+    part[(tile.row + r) * p.cols + tile.col + c] = sums.value[r][c];
+  }
+}
+
+// C <- the sum of its parts, in order.
+template <class T>
+__global__ void __launch_bounds__(256) sum_parts_kernel(StridedProduct p) {
+  using Sum = accumulator_t<T>;
+  const std::int64_t size = p.rows * p.cols, count = p.batches * size;
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (i >= count) return;
+  const Sum* part = static_cast<const Sum*>(p.partial) + i;
+  Sum sum = 0;
+  for (std::int64_t s = 0; s < p.splits; ++s) sum += part[s * count];
+  const std::int64_t batch = i / size, row = i % size / p.cols, col = i % p.cols;
+  T* c = const_cast<T*>(operand<T>(p.c, batch));
+  c[p.c.row.at(batch, row) + p.c.col.at(batch, col)] = rounded<T>(sum);
+}
+
+}  // namespace structmat::cuda

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""block_svd and the projections to Monarch matrices, against float64."""
+
+import pytest
+import torch
+from conftest import Backend
+from reference import LAYOUTS, UNIT, exact, make
+
+import structmat as sm
+
+WIDE = (torch.float32, torch.float64)
+# (k, q, p, l, s, r) with k q = l r: ranks alike, ragged, and some of zero.
+BUTTERFLIES = [
+    (4, 4, 4, 4, 4, 4),
+    (4, 6, 5, 8, 3, 3),
+    (4, 2, 3, 8, 5, 1),
+    (3, 10, 7, 5, 4, 6),
+    (7, 9, 9, 7, 9, 9),
+]
+
+
+def dense(W1: torch.Tensor, W2: torch.Tensor) -> torch.Tensor:
+    K, J, _R, I = W1.shape
+    M = torch.einsum("jlkr,kjri->jlki", exact(W2), exact(W1))
+    return M.reshape(J * W2.shape[1], K * I)
+
+
+def butterfly_dense(w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+    (k, _q, p), (l, s, r) = w1.shape, w2.shape
+    h = torch.block_diag(*exact(w1)).reshape(r, l, k * p).transpose(0, 1)
+    return torch.einsum("lsr,lrn->sln", exact(w2), h).reshape(s * l, k * p)
+
+
+def relative(W: torch.Tensor, M: torch.Tensor, C: torch.Tensor | None = None) -> float:
+    """||W - M|| / ||W||, weighted by the second moments C of the inputs."""
+    C = torch.eye(W.shape[1], dtype=torch.float64) if C is None else exact(C)
+    W, E = exact(W), exact(W) - exact(M)
+    return float((((E @ C) * E).sum().clamp_min(0) / ((W @ C) * W).sum()).sqrt())
+
+
+def blocks_of(W: torch.Tensor, K: int, J: int) -> torch.Tensor:
+    return W.unflatten(1, (K, -1)).unflatten(0, (J, -1)).permute(2, 0, 1, 3)
+
+
+def moments(n: int, rank: int | None = None) -> torch.Tensor:
+    """Of inputs whose entries depend on one another."""
+    X = torch.randn(3 * n, rank or n, dtype=torch.float64)
+    X = X @ torch.randn(rank or n, n, dtype=torch.float64)
+    return X.T @ X
+
+
+# ---- block_svd ------------------------------------------------------------------------------
+
+
+def check_triplets(A: torch.Tensor, rank: int) -> None:
+    """Residuals, orthogonality, values and what is left out, all in units of rounding."""
+    U, S, Vh, norms = torch.ops.structmat.block_svd(A, rank)
+    wide = torch.float64 if A.dtype == torch.float64 else torch.float32
+    assert U.dtype == S.dtype == Vh.dtype == wide
+    assert norms.dtype == torch.float64
+    A, U, S, Vh, norms = (exact(t) for t in (A, U, S, Vh, norms))
+    values = torch.linalg.svdvals(A)
+    top = values[..., :1].clamp_min(torch.finfo(torch.float64).tiny)
+    allowed = (8 if wide == torch.float32 else 100) * 2 * UNIT[wide]
+    eye = torch.eye(rank, dtype=torch.float64)
+    assert U.shape == (*A.shape[:-1], rank)
+    assert Vh.shape == (*A.shape[:-2], rank, A.shape[-1])
+    assert float(((S - values[..., :rank]).abs() / top).max()) < allowed
+    assert bool((S.diff(dim=-1) <= 0).all())
+    for gram in (U.mT @ U, Vh @ Vh.mT):
+        assert float((gram - eye).abs().max()) < allowed
+    for residual in (A @ Vh.mT - U * S[..., None, :], (U.mT @ A - S[..., None] * Vh).mT):
+        assert float((residual.norm(dim=-2) / top).max()) < allowed
+    left = values[..., rank:].norm(dim=-1)
+    assert float(((norms[..., 1] - left).abs() / top[..., 0]).max()) < allowed
+    assert float(((norms[..., 0] - values.norm(dim=-1)).abs() / top[..., 0]).max()) < allowed
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (1, 7), (5, 13), (13, 5), (16, 16), (33, 20)])
+def test_block_svd(backend: Backend, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    A = make(2, *shape, dtype=dtype, device=backend.device)
+    for rank in sorted({1, min(3, *shape), min(shape)}):
+        check_triplets(A, rank)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (130, 100), (200, 210)])
+def test_block_svd_of_larger_blocks(shape: tuple[int, int]) -> None:
+    for dtype in WIDE:
+        for rank in (1, 9, min(shape) // 2, min(shape)):
+            check_triplets(make(2, *shape, dtype=dtype), rank)
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+def test_block_svd_of_hard_blocks(backend: Backend, dtype: torch.dtype) -> None:
+    """Zeros, equal, close and falling values, lower rank, numbers near the ends of the range."""
+    Q, P = (torch.linalg.qr(torch.randn(18, 18, dtype=torch.float64)).Q for _ in range(2))
+    steps = torch.arange(18, dtype=torch.float64)
+    spectra = [steps * 0 + 1, 1 + 1e-9 * steps, 10**-steps, (steps < 4).double(), steps * 0]
+    A = torch.stack([Q * s @ P for s in spectra]).to(dtype).to(backend.device)
+    for rank in (1, 6, 18):
+        check_triplets(A, rank)
+    large, small = (1e30, 1e-36) if dtype == torch.float32 else (1e150, 1e-150)
+    check_triplets(A[:4] * large, 5)
+    check_triplets(A[:4] * small, 5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_block_svd_reads_strides(backend: Backend, layout: str) -> None:
+    W = make(12, 30, dtype=torch.float32, device=backend.device, layout=layout)
+    check_triplets(blocks_of(W, 3, 2), 2)
+    check_triplets(blocks_of(W, 3, 2).mT, 2)
+    check_triplets(W, 2)
+    check_triplets(W[:1].expand(4, 30), 2)
+
+
+def test_block_svd_of_more_than_shared_memory_holds(backend: Backend) -> None:
+    check_triplets(make(2, 3, 10_000, device=backend.device), 2)
+
+
+def test_block_svd_marks_what_is_not_finite(backend: Backend) -> None:
+    A = make(3, 6, 5, device=backend.device)
+    A[1, 2, 3] = torch.inf
+    parts = torch.ops.structmat.block_svd(A, 2)
+    for part in parts:
+        assert part[1].isnan().all()
+        assert part[0].isfinite().all()
+        assert part[2].isfinite().all()
+
+
+def test_block_svd_gives_the_same_bits_for_any_number_of_threads(threads: int) -> None:
+    A = make(40, 20, 24, dtype=torch.float32)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(torch.ops.structmat.block_svd(A, 3))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_block_svd_of_nothing_and_bad_arguments(backend: Backend) -> None:
+    op = torch.ops.structmat.block_svd
+    assert op(make(0, 4, 3, device=backend.device), 2)[0].shape == (0, 4, 2)
+    A = make(2, 4, 3, device=backend.device)
+    for bad, rank, message in [
+        (A, 4, r"rank is 4, wanted 1 to 3 for blocks of shape \(4, 3\)"),
+        (A, 0, "rank is 0"),
+        (A[:, :0], 1, "empty"),
+        (A[0, 0], 1, "2 to 4 dimensions, got 1"),
+        (A.to(torch.int32), 1, "float32, float64, bfloat16 or float16"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"block_svd.*{message}"):
+            op(bad, rank)
+
+
+def test_block_svd_opcheck() -> None:
+    torch.library.opcheck(torch.ops.structmat.block_svd.default, (make(2, 3, 6, 5), 2))
+
+
+# ---- project ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1, 1, 1), (4, 4, 4, 4, 1), (3, 5, 7, 4, 2), (2, 3, 9, 12, 9)]
+)
+def test_project_is_optimal(backend: Backend, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    """Each block is as near as its singular values allow, and the error says how near."""
+    K, J, L, I, R = size
+    W = make(J * L, K * I, dtype=dtype, device=backend.device)
+    found = sm.monarch.project(W, K, J, R)
+    assert found.W1.shape == (K, J, R, I)
+    assert found.W2.shape == (J, L, K, R)
+    assert found.W1.dtype == found.W2.dtype == dtype
+    assert found.W1.is_contiguous()
+    assert found.W2.is_contiguous()
+    values = torch.linalg.svdvals(blocks_of(exact(W), K, J))
+    best = float(values[..., R:].norm() / values.norm())
+    rounding = 8 * UNIT[dtype]
+    assert abs(found.error - best) < 8 * UNIT[torch.float32]
+    assert abs(relative(W, dense(*found)) - best) < rounding
+    assert torch.equal(found.ranks.cpu(), torch.full((K, J), R))
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+def test_project_finds_monarch_matrices_again(dtype: torch.dtype) -> None:
+    W1, W2 = torch.randn(4, 6, 2, 5).to(dtype), torch.randn(6, 7, 4, 2).to(dtype)
+    W = dense(W1, W2).to(dtype)
+    found = sm.monarch.project(W, 4, 6, 2)
+    assert found.error < 16 * UNIT[dtype]
+    assert relative(W, dense(*found)) < 16 * UNIT[dtype]
+    exactly = sm.monarch.project(W, 4, 6, 5)  # of a higher rank than W has
+    assert relative(W, dense(*exactly)) < 16 * UNIT[dtype]
+
+
+@pytest.mark.parametrize("shape", BUTTERFLIES)
+@pytest.mark.parametrize("dtype", WIDE)
+def test_project_blockdiag_butterfly(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The published matrices are found again in every shape; any other loses what it must."""
+    k, q, p, l, s, r = shape
+    W = butterfly_dense(torch.randn(k, q, p).to(dtype), torch.randn(l, s, r).to(dtype)).to(dtype)
+    found = sm.monarch.project_blockdiag_butterfly(W, k, q, l)
+    w1, w2 = found
+    assert w1.shape == (k, q, p)
+    assert w2.shape == (l, s, r)
+    assert w1.dtype == w2.dtype == dtype
+    assert found.error < 16 * UNIT[dtype]
+    assert relative(W, butterfly_dense(w1, w2)) < 16 * UNIT[dtype]
+
+    W = torch.randn(l * s, k * p).to(dtype)
+    found = sm.monarch.project_blockdiag_butterfly(W, k, q, l)
+    lost = 0.0
+    for i in range(k):
+        for j in range(l):
+            rank = sum(h % l == j for h in range(i * q, (i + 1) * q))
+            block = exact(W)[j::l, i * p : (i + 1) * p]
+            lost += float(torch.linalg.svdvals(block)[rank:].square().sum())
+            assert int(found.ranks[i, j]) == min(rank, s, p)
+    best = lost**0.5 / float(exact(W).norm())
+    assert abs(found.error - best) < 8 * UNIT[dtype]
+    assert abs(relative(W, butterfly_dense(*found)) - best) < 8 * UNIT[dtype]
+
+
+def test_budget_keeps_the_largest_values(backend: Backend) -> None:
+    W = make(20, 24, device=backend.device) * torch.logspace(0, 1, 24, device=backend.device)
+    found = sm.monarch.project(W, 4, 2, 2, ranks="budget")
+    values = torch.linalg.svdvals(blocks_of(exact(W), 4, 2))
+    kept = values.flatten().sort().values[-16:]
+    best = float((values.square().sum() - kept.square().sum()).sqrt() / values.norm())
+    assert int(found.ranks.sum()) == 16
+    assert found.W1.shape[2] == int(found.ranks.max()) > 2
+    assert torch.equal(found.ranks.cpu(), (values >= kept[0]).sum(-1))
+    assert abs(found.error - best) < 1e-6
+    assert abs(relative(W, dense(*found)) - best) < 1e-6
+    assert found.error < sm.monarch.project(W, 4, 2, 2).error
+    beyond = torch.arange(found.W1.shape[2]) >= found.ranks.cpu()[..., None]
+    assert not found.W1.cpu()[beyond].any()
+    assert not found.W2.cpu().permute(2, 0, 3, 1)[beyond].any()
+
+
+def test_budget_of_one_rich_block() -> None:
+    """All of the budget may go to one block, up to its size."""
+    W = 1e-3 * torch.randn(24, 24)
+    W[:12, 12:] = torch.eye(12) + torch.randn(12, 12) / 9
+    found = sm.monarch.project(W, 2, 2, 3, ranks="budget")
+    assert found.ranks.tolist() == [[0, 0], [12, 0]]
+    assert torch.allclose(dense(*found)[:12, 12:], W[:12, 12:].double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("rank", [None, 7])
+def test_weights_of_the_inputs(backend: Backend, dtype: torch.dtype, rank: int | None) -> None:
+    """The closed form against the truncated SVD of W C^(1/2); C may be singular."""
+    K, J, L, I, R = 3, 2, 5, 6, 2
+    W = make(J * L, K * I, dtype=dtype, device=backend.device)
+    C = torch.stack([moments(I, rank and 4) for _ in range(K)])
+    found = sm.monarch.project(W, K, J, R, inputs=C.to(backend.device))
+    whole = torch.block_diag(*C)
+    values, Q = torch.linalg.eigh(C)
+    root = Q * values.clamp_min(0).sqrt()[:, None] @ Q.mT
+    spectrum = torch.linalg.svdvals(blocks_of(exact(W), K, J) @ root[:, None])
+    best = float(spectrum[..., R:].norm() / spectrum.norm())
+    assert abs(found.error - best) < 1e-7
+    assert abs(relative(W, dense(*found), whole) - best) < 1e-6
+    assert relative(W, dense(*sm.monarch.project(W, K, J, R)), whole) > best
+    full = sm.monarch.project(W, K, J, R, inputs=whole.to(backend.device))
+    assert abs(full.error - best) < 1e-6  # nothing couples the blocks: nothing is gained
+
+
+def test_white_inputs_change_nothing() -> None:
+    W = torch.randn(12, 20, dtype=torch.float64)
+    plain = sm.monarch.project(W, 4, 3, 2)
+    for C in (torch.eye(20), torch.eye(5).expand(4, 5, 5)):
+        found = sm.monarch.project(W, 4, 3, 2, inputs=C)
+        assert torch.allclose(dense(*found), dense(*plain), atol=1e-12)
+        assert abs(found.error - plain.error) < 1e-12
+
+
+@pytest.mark.parametrize("rank", [None, 10])
+def test_coupled_inputs(rank: int | None) -> None:
+    """Hardly a gradient is left at the end, and no random start of a minimiser gets far lower."""
+    W, C = torch.randn(8, 18, dtype=torch.float64), moments(18, rank)
+    C /= C.diagonal().mean()
+    diagonal = torch.stack([C[i : i + 6, i : i + 6] for i in range(0, 18, 6)])
+    first = sm.monarch.project(W, 3, 2, 1, inputs=diagonal)
+    found = sm.monarch.project(W, 3, 2, 1, inputs=C)
+    assert abs(found.error - relative(W, dense(*found), C)) < 1e-9
+    assert found.error <= relative(W, dense(*first), C)
+
+    def minimise(W1: torch.Tensor, W2: torch.Tensor) -> float:
+        leaves = [W1.clone().requires_grad_(), W2.clone().requires_grad_()]
+        optimizer = torch.optim.LBFGS(leaves, max_iter=300, line_search_fn="strong_wolfe")
+
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            E = W - torch.einsum("jlkr,kjri->jlki", leaves[1], leaves[0]).reshape(8, 18)
+            value = ((E @ C) * E).sum() / ((W @ C) * W).sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        return float(loss().detach()) ** 0.5
+
+    if rank is not None:  # a singular C: the sweeps end where little is gained by each
+        return
+    assert minimise(*found) > found.error * (1 - 0.02)  # it ended near a stationary point
+    starts = [(torch.randn_like(found.W1), torch.randn_like(found.W2)) for _ in range(4)]
+    assert found.error < 1.1 * min(minimise(*start) for start in starts)
+
+
+def test_sweeps_never_raise_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from structmat.monarch import truncate
+
+    monkeypatch.setattr(truncate, "_LEAST_DECREASE", 0)
+    W, C = torch.randn(12, 20), moments(20)
+    errors = []
+    for sweeps in range(8):
+        monkeypatch.setattr(truncate, "_SWEEPS", sweeps)
+        errors.append(sm.monarch.project(W, 4, 3, 1, inputs=C).error)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0]
+
+
+def test_project_of_zeros_and_of_layers() -> None:
+    found = sm.monarch.project(torch.zeros(6, 4), 2, 3)
+    assert found.error == 0
+    assert not found.W1.any()
+    assert not found.W2.any()
+    assert found.W1.shape == (2, 3, 1, 2)
+    found = sm.monarch.project(torch.zeros(6, 4), 2, 3, 1, inputs=torch.ones(4, 4))
+    assert found.error == 0
+    assert not found.W1.any()
+    layer = torch.nn.Linear(64, 32)
+    assert not sm.monarch.project(layer.weight, 4, 4).W1.requires_grad
+    assert sm.monarch.project(layer.weight, 4, 4).W1.shape == (4, 4, 2, 16)
+
+
+def test_project_refuses() -> None:
+    W, project = torch.randn(12, 20), sm.monarch.project
+    butterfly = sm.monarch.project_blockdiag_butterfly
+    C = torch.eye(20)
+    for call, error, message in [
+        (lambda: project(W, 3, 3, 1), ValueError, "K is 3, wanted a divisor of 20"),
+        (lambda: project(W, 4, 5, 1), ValueError, "J is 5, wanted a divisor of 12"),
+        (lambda: project(W, 0, 3, 1), ValueError, "K is 0"),
+        (lambda: project(W, 4, 3, 0), ValueError, "R is 0, wanted 1 to 4"),
+        (lambda: project(W, 4, 3, 5), ValueError, "R is 5, wanted 1 to 4"),
+        (lambda: project(W, 4.0, 3, 1), TypeError, "K must be an integer, got float"),
+        (lambda: project(W, 4, 3, 1, ranks="all"), ValueError, "ranks is 'all', wanted 'budget'"),
+        (lambda: project([1.0], 1, 1), TypeError, "W must be a tensor, got list"),
+        (lambda: project(W.int(), 4, 3), TypeError, "W is torch.int32"),
+        (lambda: project(W.cfloat(), 4, 3), TypeError, "W is torch.complex64"),
+        (lambda: project(W.to_sparse(), 4, 3), TypeError, "must be dense"),
+        (lambda: project(W[0], 1, 1), ValueError, r"wanted \(m, n\)"),
+        (lambda: project(W[:0], 4, 1), ValueError, r"W has shape \(0, 20\)"),
+        (lambda: project(W.to("meta"), 4, 3), ValueError, "meta"),
+        (
+            lambda: project(W, 4, 3, 1, inputs=C[:5]),
+            ValueError,
+            r"wanted \(20, 20\), or \(4, 5, 5\)",
+        ),
+        (lambda: project(W, 4, 3, 1, inputs=C.triu() + C.roll(1)), ValueError, "not symmetric"),
+        (lambda: project(W, 4, 3, 1, inputs=-C), ValueError, "negative eigenvalues"),
+        (lambda: project(W, 4, 3, 1, inputs="C"), TypeError, "inputs must be a tensor"),
+        (lambda: butterfly(W, 4, 5, 3), ValueError, "q is 5, wanted .* divisible by 3"),
+        (lambda: butterfly(W, 4, 3, 5), ValueError, "l is 5, wanted a divisor of 12"),
+    ]:
+        with pytest.raises(error, match=f"monarch.project.*{message}"):
+            call()
+    W[3, 4] = torch.nan
+    for bad in (lambda: project(W, 4, 3, 1), lambda: project(W.clone(), 4, 3, 1, inputs=C)):
+        with pytest.raises(torch.linalg.LinAlgError, match="W contains NaN or Inf"):
+            bad()
+    with pytest.raises(torch.linalg.LinAlgError, match="inputs contains NaN or Inf"):
+        project(torch.randn(12, 20), 4, 3, 1, inputs=C * torch.inf)
