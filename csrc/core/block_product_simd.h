@@ -114,6 +114,7 @@ struct BlockPanels {
 // data[block.at(b) + depth.at(p) + width.at(o)].
 template <class S, class T>
 struct Factor {
+  static constexpr std::int64_t number_bytes = sizeof(S);
   const T* data;
   Axis block, depth, width;
   std::int64_t panel, panels, packed_size;  // of a block, in numbers
@@ -229,6 +230,15 @@ void multiply_rows(const Factor<S, T>& f, const BlockPanels<S>& w, const Rows<S>
       for (int r = 0; r < rows; ++r) std::copy_n(edge + r * vecs * lanes, live, c + r * ldc + o);
     }
   }
+}
+
+// Fetches what the next block of rows is multiplied by: 0.9 of the time where a comes from memory.
+template <class S>
+void fetch_ahead(const Rows<S>& a, int rows, std::int64_t depth) {
+  if (a.step != 1) return;
+  for (int r = 0; r < rows; ++r)
+    for (std::int64_t p = 0; p < depth; p += 64 / static_cast<int>(sizeof(S)))
+      __builtin_prefetch(a.data + (rows + r) * a.row_stride + p);
 }
 
 // body(r0, count) for rows [0, rows) in blocks of nearly equal size, at most kBlockRows
