@@ -245,10 +245,9 @@ void fused(const Context& context, const FusedTile& tile, const cuda::StridedPro
               static_cast<std::size_t>(tile.shared_bytes), context.stream, args);
   };
   using std::integral_constant;
-  const auto of_size = [&](auto m) {
-    packs ? launch(m, std::true_type{}) : launch(m, std::false_type{});
-  };
-  tile.tokens == 16 ? of_size(integral_constant<int, 1>{}) : of_size(integral_constant<int, 2>{});
+  if (!packs) return launch(integral_constant<int, 1>{}, std::false_type{});
+  if (tile.tokens == 16) return launch(integral_constant<int, 1>{}, std::true_type{});
+  launch(integral_constant<int, 2>{}, std::true_type{});
 }
 
 }  // namespace structmat::monarch
