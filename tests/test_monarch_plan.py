@@ -50,9 +50,12 @@ ForwardPlan plan(const MonarchWeights& w, std::int64_t tokens, const DeviceFacts
 void choices() {
   const MonarchWeights n1024 = weights(16, 16, 4, 64, 64), n4096 = weights(64, 64, 1, 64, 64),
                        wide = weights(16, 16, 16, 256, 256), four = weights(4, 4, 64, 256, 256);
-  // Small factors: one launch, 64 tokens at once, some of the output blocks where memory is small.
-  assert(plan(n1024, 65536, h100).fused && plan(n1024, 65536, h100).tile.tokens == 64);
-  assert(plan(n1024, 65536, h100).tile.blocks == 16 && plan(n1024, 65536, small).tile.blocks < 16);
+  // Small factors: one launch, as many tokens at once as fit; some of the output blocks where
+  // memory or tokens are few.
+  assert(plan(n1024, 65536, h100).fused && plan(n1024, 65536, h100).tile.tokens == 96);
+  assert(plan(n1024, 65536, h100).tile.blocks == 16);
+  assert(plan(n1024, 65536, small).fused && plan(n1024, 65536, small).tile.blocks < 16);
+  assert(plan(n1024, 4096, h100).fused && plan(n1024, 4096, h100).tile.blocks < 16);
   assert(plan(n1024, 65536, h100).workspace_bytes == 0);
   // Large ones: two, with h in the work space.
   assert(!plan(wide, 4096, h100).fused && plan(wide, 4096, h100).hidden_bytes == 4096 * 4096 * 2);
