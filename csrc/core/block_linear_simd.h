@@ -113,7 +113,7 @@ struct Output {
                std::int64_t t1, Range blocks) const {
     static thread_local Scratch weights_memory, z_memory;
     const auto [b0, b1] = blocks;
-    const auto weights = f.ready(b0, b1, weights_memory);
+    const auto weights = f.ready(b0, b1, from.step == 1 ? t1 - t0 : kFewRows + 1, weights_memory);
     const std::int64_t step = bias_step(), ldz = (b1 - b0) * step;
     const bool direct = std::is_same_v<S, T> && inner == 1;
     S* const z = direct ? nullptr : z_memory.get<S>(kBlockRows * ldz);
@@ -124,8 +124,8 @@ struct Output {
             direct ? reinterpret_cast<S*>(row_of<T>(y, t)) + b * width : z + (b - b0) * step;
         const Rows<S> block{a + from.base(b) + r0 * lda, lda, from.step};
         if (t + rows < t1) fetch_ahead(block, rows, f.depth.size);
-        multiply_rows(f, weights(b), block, rows, bias != nullptr ? bias + b * step : nullptr, to,
-                      direct ? y.row_stride : ldz, !direct);
+        multiply_rows<S, T>(weights, b, block, rows, bias != nullptr ? bias + b * step : nullptr,
+                            to, direct ? y.row_stride : ldz, !direct);
       }
       for (int r = 0; r < rows; ++r) {
         if (direct) {

@@ -50,15 +50,15 @@ struct Monarch {
   void to_hidden(const F& f, const S* x, std::int64_t ldx, const Columns& from, std::int64_t rows,
                  std::int64_t b0, std::int64_t b1, const Hidden<S>& to, std::int64_t first) const {
     static thread_local Scratch weights_memory, z_memory;
-    const auto ready = f.ready(b0, b1, weights_memory);
+    const auto ready = f.ready(b0, b1, from.step == 1 ? rows : kFewRows + 1, weights_memory);
     const std::int64_t step = round_up(f.width.size, w), ldz = (b1 - b0) * step;
     S* const z = z_memory.get<S>(kBlockRows * ldz);
     for_row_blocks(rows, [&](std::int64_t r0, int count) {
       for (std::int64_t b = b0; b < b1; ++b) {
         const Rows<S> a{x + from.base(b) + r0 * ldx, ldx, from.step};
         if (r0 + count < rows) fetch_ahead(a, count, f.depth.size);
-        multiply_rows(f, ready(b), a, count, static_cast<const S*>(nullptr), z + (b - b0) * step,
-                      ldz, true);
+        multiply_rows<S, T>(ready, b, a, count, static_cast<const S*>(nullptr), z + (b - b0) * step,
+                            ldz, true);
       }
       for (int r = 0; r < count; ++r)
         permute<S, kForward>(s, z + r * ldz, step, b0, b1, to, first + r0 + r);
