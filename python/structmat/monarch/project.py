@@ -69,7 +69,7 @@ def project(
             expected ``||(W - M) x||^2`` instead. Of shape ``(K, I, I)``, the diagonal blocks
             alone: closed form, the truncated SVD of ``W_jk C_kk^(1/2)``. Of shape ``(n, n)``:
             starts there and then solves for one input block after the other; the error never grows
-            in a sweep over them, and the sweeps end when one takes less than 0.1 % of the squared
+            in a sweep over them, and the sweeps end when one takes less than 0.5 % of the squared
             error, after at most 50. That is a stationary point, not always the global optimum. C
             may be singular.
 

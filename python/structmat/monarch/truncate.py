@@ -13,7 +13,7 @@ from torch import Tensor
 from .block_svd import block_svd
 
 _SWEEPS = 50
-_LEAST_DECREASE = 1e-3
+_LEAST_DECREASE = 5e-3
 
 
 class Truncated(NamedTuple):
@@ -89,7 +89,7 @@ def truncate_full(
     for, all others fixed. With ``E = M - U V`` and ``G = sum_{i != k} E_i C_ik`` the sum is, up to
     a constant, ``||E_k P + G P^-T||^2`` for ``C_kk = P P^T``: again a truncated SVD, of
     ``M_k P + G P^-T``, whose minimum is global in both factors. Hence the sum never grows. Ends
-    once a sweep over all blocks takes less than 0.1 % of it.
+    once a sweep over all blocks takes less than 0.5 % of it.
     """
     K, J, L, I = M.shape
     diagonal = moment.view(K, I, K, I).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
