@@ -68,6 +68,10 @@ def range_step(A: torch.Tensor, Q: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (*P, *after, *B, finite)
 
 
+def block_svd(A: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.ops.structmat.block_svd(A.unflatten(1, (5, 9)).transpose(0, 1), 3)
+
+
 def svd_list(*A: torch.Tensor) -> tuple[torch.Tensor, ...]:
     U, S, Vh, facts = torch.ops.structmat.randomized_svd_list(list(A), [2, 3], None, None, 1, False)
     return (*U, *S, *Vh, facts)
@@ -108,6 +112,7 @@ OPERATIONS = [
     low_rank("low_rank_linear", 67, 96, 80, 24),
     low_rank("low_rank_linear, odd sizes", 33, 41, 57, 13),
     low_rank("low_rank_linear, one token", 1, 96, 80, 24),
+    Operation("block_svd", ((13, 45),), block_svd, False),
     Operation("gram_matmul", ((67, 45), (45, 5)), sm.linalg.gram_matmul),
     Operation("gram_matmul_moments", ((67, 45), (45, 5)), gram_moments),
     Operation("orthonormalize", ((41, 7),), orthonormalize, False, WIDE),

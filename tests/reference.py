@@ -162,10 +162,8 @@ def kronecker_sparse_matrix(W: torch.Tensor) -> torch.Tensor:
     """The matrix of a factor (a, b, c, d): c entries in each row, d apart."""
     W = W if W.dtype == torch.float64 else exact(W)
     a, b, c, d = W.shape
-    dense = torch.zeros(a, b, d, a, c, d, dtype=torch.float64)
-    for i in range(a):
-        for j in range(d):
-            dense[i, :, j, i, :, j] = W[i, :, :, j]
+    one_a, one_d = (torch.eye(size, dtype=torch.float64) for size in (a, d))
+    dense = torch.einsum("abcd,ai,dj->abdicj", W, one_a, one_d)
     return dense.reshape(a * b * d, a * c * d)
 
 

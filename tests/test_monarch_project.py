@@ -113,6 +113,10 @@ def test_block_svd_reads_strides(backend: Backend, layout: str) -> None:
     check_triplets(W[:1].expand(4, 30), 2)
 
 
+def test_block_svd_of_more_than_shared_memory_holds(backend: Backend) -> None:
+    check_triplets(make(2, 3, 10_000, device=backend.device), 2)
+
+
 def test_block_svd_marks_what_is_not_finite(backend: Backend) -> None:
     A = make(3, 6, 5, device=backend.device)
     A[1, 2, 3] = torch.inf

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """sm.linalg.randomized_svd against torch.linalg.svd in double precision."""
 
+import math
 import pickle
 from itertools import pairwise
 
@@ -296,6 +297,23 @@ def test_equal_values_along_coordinates(rank):
     for seed in (*range(20), 218, 251, 276, 329, 495):
         S = sm.linalg.randomized_svd(torch.diag(sigma), rank, seed=seed).S
         torch.testing.assert_close(S, torch.ones_like(S), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("fall", [2.0, 25.0, 40.0, 5e3, 9e3, 2e4, 1e6])
+def test_float_vectors_of_any_fall(fall, wide):
+    """The vectors on the side of T: from T^T T up to a fall of 1e4, then from a basis of T."""
+    shape, k = ((90, 400) if wide else (400, 90)), 12
+    left = torch.linalg.qr(torch.randn(shape[0], 60, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(shape[1], 60, dtype=torch.float64)).Q
+    sigma = torch.logspace(0, -math.log10(fall), k, dtype=torch.float64)
+    sigma = torch.cat([sigma, torch.full((48,), sigma[-1].item() / 50, dtype=torch.float64)])
+    A = ((left * sigma) @ right.T).float()
+    result = sm.linalg.randomized_svd(A, k)
+    verify(A, k, result)
+    relative = (result.S.double() / sigma[:k] - 1).abs()
+    # the matrix itself is rounded by 6e-8 of its largest entries
+    assert (relative <= 1e-6 + 1e-6 * fall).all()
 
 
 @pytest.mark.parametrize("power", [2, 3])

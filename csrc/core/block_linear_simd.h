@@ -63,6 +63,7 @@ struct Output {
   std::int64_t width, inner;
   const S* bias = nullptr;  // (blocks, width rounded up to whole vectors)
   Activation activation = Activation::none;
+  std::int64_t neighbours = 1;  // blocks side by side that are computed together
 
   std::int64_t bias_step() const { return round_up(width, kLanes<S>); }
 
@@ -79,42 +80,58 @@ struct Output {
     bias = to;
   }
 
-  // Blocks that are computed together: their columns alternate.
-  std::int64_t group() const { return std::min<std::int64_t>(inner, kLanes<S>); }
+  // Blocks that are computed together: those whose columns alternate, or some that are side by
+  // side.
+  std::int64_t group() const {
+    return inner > 1 ? std::min<std::int64_t>(inner, kLanes<S>) : neighbours;
+  }
+  std::int64_t run(std::int64_t blocks) const { return inner > 1 ? inner : blocks; }
   std::int64_t groups(std::int64_t blocks) const {
-    return blocks / inner * ceil_div(inner, group());
+    return blocks / run(blocks) * ceil_div(run(blocks), group());
+  }
+  struct Range {
+    std::int64_t b0, b1;
+  };
+  Range range(std::int64_t index, std::int64_t blocks) const {
+    const std::int64_t per = ceil_div(run(blocks), group()), first = index / per * run(blocks),
+                       b0 = first + index % per * group();
+    return {b0, std::min(b0 + group(), first + run(blocks))};
   }
 
-  // Group `index` of rows [t0, t1), from the rows at a.
+  // Columns of blocks [b0, b1) of rows [t0, t1), from the rows at `a`.
   template <class F>
-  void compute(const F& f, const Gather& from, const S* a, std::int64_t lda, std::int64_t t0,
-               std::int64_t t1, std::int64_t index) const {
+  void compute(const F& f, const S* a, std::int64_t lda, const Columns& from, std::int64_t t0,
+               std::int64_t t1, Range blocks) const {
     static thread_local Scratch weights_memory, z_memory;
-    const std::int64_t per = ceil_div(inner, group()), first = index / per * inner,
-                       b0 = first + index % per * group(),
-                       b1 = std::min(b0 + group(), first + inner), rows = t1 - t0;
-    if (std::is_same_v<S, T> && inner == 1) {
-      S* const to = reinterpret_cast<S*>(row_of<T>(y, t0)) + b0 * width;
-      multiply_block(f, f.get(b0, weights_memory), a + from.base(b0), lda, from.table(b0), rows,
-                     bias != nullptr ? bias + b0 * bias_step() : nullptr, to, y.row_stride, false);
-      if (activation != Activation::none)
-        for (std::int64_t t = 0; t < rows; ++t) activate(activation, to + t * y.row_stride, width);
-      return;
-    }
+    const auto [b0, b1] = blocks;
+    const auto weights = f.ready(b0, b1, weights_memory);
     const std::int64_t step = bias_step(), ldz = (b1 - b0) * step;
-    S* const z = z_memory.get<S>(rows * ldz);
-    for (std::int64_t b = b0; b < b1; ++b)
-      multiply_block(f, f.get(b, weights_memory), a + from.base(b), lda, from.table(b), rows,
-                     bias != nullptr ? bias + b * step : nullptr, z + (b - b0) * step, ldz, true);
-    for (std::int64_t t = 0; t < rows; ++t) {
-      S* const line = z + t * ldz;
-      activate(activation, line, ldz);
-      T* const to = row_of<T>(y, t0 + t) + first * width + (b0 - first);
-      if (inner == 1)
-        convert(line, to, width);
-      else
-        interleave(line, step, b1 - b0, to);
-    }
+    const bool direct = std::is_same_v<S, T> && inner == 1;
+    S* const z = direct ? nullptr : z_memory.get<S>(kBlockRows * ldz);
+    for_row_blocks(t1 - t0, [&](std::int64_t r0, int rows) {
+      const std::int64_t t = t0 + r0;
+      for (std::int64_t b = b0; b < b1; ++b) {
+        S* const to = direct ? reinterpret_cast<S*>(row_of<T>(y, t)) + b * width : z + (b - b0) * step;
+        multiply_rows(f, weights(b), Rows<S>{a + from.base(b) + r0 * lda, lda, from.step}, rows,
+                      bias != nullptr ? bias + b * step : nullptr, to, direct ? y.row_stride : ldz,
+                      !direct);
+      }
+      for (int r = 0; r < rows; ++r) {
+        if (direct) {
+          activate(activation, reinterpret_cast<S*>(row_of<T>(y, t + r)) + b0 * width,
+                   (b1 - b0) * width);
+          continue;
+        }
+        S* const line = z + r * ldz;
+        activate(activation, line, ldz);
+        T* const to = row_of<T>(y, t + r);
+        if (inner == 1)
+          for (std::int64_t b = b0; b < b1; ++b)
+            convert(line + (b - b0) * step, to + b * width, width);
+        else
+          interleave(line, step, b1 - b0, to + b0 / inner * width * inner + b0 % inner);
+      }
+    });
   }
 
   // to[o * inner + b] = line[b * step + o] for `count` blocks.
@@ -134,25 +151,19 @@ struct Output {
   }
 };
 
-// The gradient of one block's weights, sums (rows, width) over `tokens` tokens: of row r of the
-// block, a[row_at(r) + t * lda], times x[t * ldx + o]. `total` (rows, width rounded up) is added
-// to, or begun.
-template <class S, class RowAt>
+// The gradient of one block's weights (rows, width): sums over tokens of a[t * lda + row] times
+// x[t * ldx + o], added to `total` (rows, ld), or begun there. x and total have whole vectors.
+template <class S>
 void weight_gradient(std::int64_t tokens, std::int64_t rows, std::int64_t width, const S* a,
-                     RowAt&& row_at, const std::int64_t* token_offset, const S* x, std::int64_t ldx,
-                     S* total, bool begin) {
+                     std::int64_t lda, const S* x, std::int64_t ldx, S* total, bool begin) {
   const std::int64_t panel = panel_width<S>(width), ld = round_up(width, kLanes<S>);
   for (std::int64_t o = 0; o < width; o += panel) {
     const int vecs = static_cast<int>(ceil_div(std::min(panel, width - o), kLanes<S>));
-    Chain<S> g{tokens, {}, token_offset, x + o, ldx};
-    const std::int64_t blocks = ceil_div(rows, kBlockRows);
-    for (std::int64_t i = 0; i < blocks; ++i) {
-      const std::int64_t r0 = rows * i / blocks;
-      const int count = static_cast<int>(rows * (i + 1) / blocks - r0);
-      for (int r = 0; r < count; ++r) g.row[r] = a + row_at(r0 + r);
+    for_row_blocks(rows, [&](std::int64_t r0, int count) {
       S* const to = total + r0 * ld + o;
-      block_kernel_for<S>(count, vecs)(g, begin ? nullptr : to, ld, to, ld);
-    }
+      block_kernel_for<S>(count, vecs)(tokens, Rows<S>{a + r0, 1, lda}, x + o, ldx,
+                                       begin ? nullptr : to, ld, to, ld);
+    });
   }
 }
 

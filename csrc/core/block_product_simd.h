@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products with the blocks of a block-diagonal matrix: rows of A times W of one block, A read
-// through a table of offsets, so that a permutation between two factors is an address and no copy.
-// Each element is one chain of additions in the order of the table: tiles and threads change no
-// bit. For files under structmat_simd_sources (everything is in an anonymous namespace).
+// Products with the blocks of a block-diagonal matrix: rows of A, read in place, times W of one
+// block. Each element is one chain of additions: tiles and threads change no bit. For files under
+// structmat_simd_sources (everything is in an anonymous namespace).
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -23,51 +22,47 @@ constexpr int kBlockRows = 6, kBlockVecs = 2;
 constexpr int kBlockRows = 4, kBlockVecs = 2;
 #endif
 
-// Row r of A at step p is row[r][offset[p]]; vector v of W at w[p * w_stride + v * lanes].
+// A (rows, depth): number (r, p) at data[r * row_stride + p * step].
 template <class S>
-struct Chain {
-  std::int64_t depth;
-  const S* row[kBlockRows];
-  const std::int64_t* offset;
-  const S* w;
-  std::int64_t w_stride;
+struct Rows {
+  const S* data;
+  std::int64_t row_stride, step;
 };
 
-// c (kRows, kVecs vectors) = A W + add; add_stride 0 repeats one row (the bias).
+// c (kRows, kVecs vectors) = A W + add, vector v of row p of W at w[p * w_stride + v * lanes];
+// add_stride 0 repeats one row (the bias).
 template <class S, int kRows, int kVecs>
-void block_kernel(const Chain<S>& g, const S* add, std::int64_t add_stride, S* c,
-                  std::int64_t c_stride) {
-  constexpr int w = kLanes<S>;
+void block_kernel(std::int64_t depth, const Rows<S>& a, const S* w, std::int64_t w_stride,
+                  const S* add, std::int64_t add_stride, S* c, std::int64_t c_stride) {
+  constexpr int lanes = kLanes<S>;
+  const std::int64_t row = a.row_stride, step = a.step;
+  const S *a0 = a.data, *a4 = a.data + 4 * row;  // rows are 0, 1, 2, 3 strides from one of them
   Vec<S> sum[kRows][kVecs] = {};
-  const S* row[kRows];
-  for (int r = 0; r < kRows; ++r) row[r] = g.row[r];
-  const S* from = g.w;
-  const std::int64_t *offset = g.offset, *const end = offset + g.depth, step = g.w_stride;
-  for (; offset != end; ++offset) {
-    const std::int64_t at = *offset;
+  for (std::int64_t p = 0; p < depth; ++p) {
     Vec<S> weight[kVecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) weight[v] = load(from + v * w);
-    from += step;
+    for (int v = 0; v < kVecs; ++v) weight[v] = load(w + v * lanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const Vec<S> value = broadcast(row[r][at]);
+      const Vec<S> value = broadcast((r < 4 ? a0 : a4)[(r % 4) * row]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sum[r][v] = fma(value, weight[v], sum[r][v]);
     }
+    a0 += step, a4 += step, w += w_stride;
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       const Vec<S> total =
-          add != nullptr ? sum[r][v] + load(add + r * add_stride + v * w) : sum[r][v];
-      store(c + r * c_stride + v * w, total);
+          add != nullptr ? sum[r][v] + load(add + r * add_stride + v * lanes) : sum[r][v];
+      store(c + r * c_stride + v * lanes, total);
     }
 }
 
 template <class S>
-using BlockKernel = void (*)(const Chain<S>&, const S*, std::int64_t, S*, std::int64_t);
+using BlockKernel = void (*)(std::int64_t, const Rows<S>&, const S*, std::int64_t, const S*,
+                             std::int64_t, S*, std::int64_t);
 
 template <class S, int... kIndex>
 BlockKernel<S> block_kernel_for(int rows, int vecs, std::integer_sequence<int, kIndex...>) {
@@ -149,15 +144,22 @@ struct Factor {
     });
   }
 
-  // Block b: in place, packed before, or packed now into `memory`.
-  BlockPanels<S> get(std::int64_t b, Scratch& memory) const {
-    if constexpr (std::is_same_v<S, T>)
-      if (in_place) return {data + block.at(b), panel, depth.stride()};
-    const std::int64_t step = panel * depth.size;
-    if (packed != nullptr) return {packed + b * packed_size, step, panel};
-    S* const to = memory.get<S>(packed_size);
-    pack_block(b, to);
-    return {to, step, panel};
+  // Blocks [b0, b1): in place, packed before, or packed now into `memory`.
+  struct Ready {
+    const Factor& f;
+    const S* data;
+    std::int64_t b0;
+    BlockPanels<S> operator()(std::int64_t b) const {
+      if constexpr (std::is_same_v<S, T>)
+        if (f.in_place) return {f.data + f.block.at(b), f.panel, f.depth.stride()};
+      return {data + (b - b0) * f.packed_size, f.panel * f.depth.size, f.panel};
+    }
+  };
+  Ready ready(std::int64_t b0, std::int64_t b1, Scratch& memory) const {
+    if (in_place || packed != nullptr) return {*this, packed, 0};
+    S* const to = memory.get<S>((b1 - b0) * packed_size);
+    for (std::int64_t b = b0; b < b1; ++b) pack_block(b, to + (b - b0) * packed_size);
+    return {*this, to, b0};
   }
 
   void pack_block(std::int64_t b, S* to) const {
@@ -199,45 +201,43 @@ struct Factor {
   }
 };
 
-// Which numbers of a row of A block b takes: a[base(b) + table(b)[p]].
-struct Gather {
-  const std::int64_t* offsets;
-  std::int64_t table_step;  // from one block's table to the next, 0 if they share it
-  std::int64_t inner, outer_step, inner_step;  // base(b), as an Axis
-
+// Block b's numbers of a row: number p at base(b) + p * step.
+struct Columns {
+  std::int64_t inner, outer_step, inner_step, step;
   std::int64_t base(std::int64_t b) const {
     return b / inner * outer_step + b % inner * inner_step;
   }
-  const std::int64_t* table(std::int64_t b) const { return offsets + b * table_step; }
 };
 
-// c (rows, width) = a w + add. `room`: c may be written up to whole vectors; `add` (width, whole
-// vectors, or none) is one row.
+// Rows [r0, r1) of a times block b, to `c`, whose rows are ldc apart. `room`: c may be written up
+// to whole vectors; `add` (width in whole vectors, or none) is one row.
 template <class S, class T>
-void multiply_block(const Factor<S, T>& f, const BlockPanels<S>& w, const S* a, std::int64_t lda,
-                    const std::int64_t* offset, std::int64_t rows, const S* add, S* c,
-                    std::int64_t ldc, bool room) {
+void multiply_rows(const Factor<S, T>& f, const BlockPanels<S>& w, const Rows<S>& a, int rows,
+                   const S* add, S* c, std::int64_t ldc, bool room) {
   constexpr int lanes = kLanes<S>;
   alignas(64) S edge[kBlockRows * kBlockVecs * lanes];
-  const std::int64_t blocks = ceil_div(rows, kBlockRows);
   for (std::int64_t q = 0; q < f.panels; ++q) {
     const std::int64_t o = q * f.panel, live = std::min(f.panel, f.width.size - o);
     const int vecs = static_cast<int>(ceil_div(live, lanes));
-    const bool direct = room || live == vecs * lanes;
-    Chain<S> g{f.depth.size, {}, offset, w.data + q * w.panel_stride, w.row_stride};
-    for (std::int64_t i = 0; i < blocks; ++i) {  // of nearly equal size
-      const std::int64_t r0 = rows * i / blocks;
-      const int count = static_cast<int>(rows * (i + 1) / blocks - r0);
-      for (int r = 0; r < count; ++r) g.row[r] = a + (r0 + r) * lda;
-      const BlockKernel<S> kernel = block_kernel_for<S>(count, vecs);
-      S* const to = c + r0 * ldc + o;
-      if (direct) {
-        kernel(g, add != nullptr ? add + o : nullptr, 0, to, ldc);
-      } else {
-        kernel(g, add != nullptr ? add + o : nullptr, 0, edge, vecs * lanes);
-        for (int r = 0; r < count; ++r) std::copy_n(edge + r * vecs * lanes, live, to + r * ldc);
-      }
+    const BlockKernel<S> kernel = block_kernel_for<S>(rows, vecs);
+    const S* const panel = w.data + q * w.panel_stride;
+    const S* const more = add != nullptr ? add + o : nullptr;
+    if (room || live == vecs * lanes) {
+      kernel(f.depth.size, a, panel, w.row_stride, more, 0, c + o, ldc);
+    } else {
+      kernel(f.depth.size, a, panel, w.row_stride, more, 0, edge, vecs * lanes);
+      for (int r = 0; r < rows; ++r) std::copy_n(edge + r * vecs * lanes, live, c + r * ldc + o);
     }
+  }
+}
+
+// body(r0, count) for rows [0, rows) in blocks of nearly equal size, at most kBlockRows
+template <class Body>
+void for_row_blocks(std::int64_t rows, Body&& body) {
+  const std::int64_t blocks = ceil_div(rows, kBlockRows);
+  for (std::int64_t i = 0; i < blocks; ++i) {
+    const std::int64_t r0 = rows * i / blocks;
+    body(r0, static_cast<int>(rows * (i + 1) / blocks - r0));
   }
 }
 

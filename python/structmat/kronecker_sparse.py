@@ -55,13 +55,13 @@ def to_dense(factors: Sequence[Tensor]) -> Tensor:
     n = a * c * d
     dense = torch.eye(n, dtype=factors[0].dtype, device=factors[0].device)
     for i, W in enumerate(factors):
-        a, _, c, d = W.shape
+        a, b, c, d = W.shape
         if len(dense) != a * c * d:
             raise ValueError(
                 f"{op}: factors[{i - 1}] {tuple(factors[i - 1].shape)} gives {len(dense)} columns, "
                 f"factors[{i}] {tuple(W.shape)} takes a c d = {a * c * d}"
             )
-        dense = torch.einsum("abcd,acdn->abdn", W, dense.reshape(a, c, d, n)).reshape(-1, n)
+        dense = torch.einsum("abcd,acdn->abdn", W, dense.reshape(a, c, d, n)).reshape(a * b * d, n)
     return dense
 
 

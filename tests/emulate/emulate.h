@@ -46,11 +46,10 @@ namespace emulate {
 
 struct Fibre;
 
-struct Copy {  // under way to shared memory, or the end of a group of them
+struct Copy {  // under way to shared memory
   void* to;
   const void* from;
-  int bytes;
-  bool end;
+  int count, bytes;  // no bytes: the end of a group
 };
 
 struct Thread {

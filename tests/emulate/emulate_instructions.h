@@ -26,29 +26,30 @@ inline unsigned short half_of(unsigned pair, int which) {
 
 namespace structmat::cuda {
 
-inline void copy_16(void* to, const void* from, int bytes) {
-  if (reinterpret_cast<std::uintptr_t>(to) % 16 != 0 || bytes < 0 || bytes > 16 ||
-      reinterpret_cast<std::uintptr_t>(from) % 16 != 0)
-    emulate::fail("a copy that is not aligned to 16 bytes");
-  emulate::current->self->copies.push_back({to, from, bytes, false});
+template <int kBytes>
+void copy(void* to, const void* from, int count) {
+  if (reinterpret_cast<std::uintptr_t>(to) % kBytes != 0 || count < 0 || count > kBytes ||
+      reinterpret_cast<std::uintptr_t>(from) % kBytes != 0)
+    emulate::fail("a copy that is not aligned to its size");
+  emulate::current->self->copies.push_back({to, from, count, kBytes});
 }
 inline void copy_commit() {
   auto& copies = emulate::current->self->copies;
-  copies.push_back({nullptr, nullptr, 0, true});
+  copies.push_back({nullptr, nullptr, 0, 0});
 }
 template <int kLeft>
 void copy_wait() {
   auto& copies = emulate::current->self->copies;
   std::ptrdiff_t groups = std::count_if(copies.begin(), copies.end(),
-                                        [](const emulate::Copy& copy) { return copy.end; });
+                                        [](const emulate::Copy& copy) { return copy.bytes == 0; });
   auto copy = copies.begin();
   for (; groups > kLeft; ++copy) {
-    if (copy->end) {
+    if (copy->bytes == 0) {
       --groups;
       continue;
     }
-    std::memset(copy->to, 0, 16);
-    std::memcpy(copy->to, copy->from, static_cast<std::size_t>(copy->bytes));
+    std::memset(copy->to, 0, static_cast<std::size_t>(copy->bytes));
+    std::memcpy(copy->to, copy->from, static_cast<std::size_t>(copy->count));
   }
   copies.erase(copies.begin(), copy);
 }

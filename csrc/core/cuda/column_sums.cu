@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/column_sums.h"
-
 #include "cuda/device.h"
 #include "half.h"
 

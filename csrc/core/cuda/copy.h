@@ -8,12 +8,19 @@
 #else
 namespace structmat::cuda {
 
-// Copies `bytes` (0 to 16) and fills up to 16 with zeros. Both addresses are multiples of 16; `from`
-// is not read where bytes = 0.
-__device__ inline void copy_16(void* to, const void* from, int bytes) {
+// Copies `count` (0 to kBytes) bytes and fills up to kBytes, 4, 8 or 16, with zeros. Both addresses
+// are multiples of kBytes; `from` is not read where count = 0.
+template <int kBytes>
+__device__ void copy(void* to, const void* from, int count) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
-               : "memory");
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                 "r"(count)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(from),
+                 "r"(count), "n"(kBytes)
+                 : "memory");
 }
 // Ends a group of this thread's copies.
 __device__ inline void copy_commit() {

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/strided_product.h"
-
 #include "cuda/strided_product_mma.cuh"
 #include "cuda/strided_product_simt.cuh"
 
@@ -16,7 +15,8 @@ void multiply(const Context& context, const StridedProduct& p) {
       multiply_simt<T>(context, p);
     if (p.splits == 1) return;
     const std::int64_t blocks = tiles_of(p.batches * p.rows * p.cols, 256);
-    STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31, "structmat: a gradient of more than 2^39 numbers");
+    STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,
+                    "structmat: a gradient of more than 2^39 numbers");
     SM_LAUNCH(sum_parts_kernel<T>, dim3(static_cast<unsigned>(blocks)), 256, 0, context.stream, p);
   });
 }

@@ -46,9 +46,9 @@ struct Operand {
 struct StridedProduct {
   DType dtype = DType::f32;
   std::int64_t batches = 0, rows = 0, cols = 0, inner = 0;
-  Operand a;       // (rows, inner)
-  Operand b;       // (cols, inner)
-  Operand c;       // (rows, cols), not const
+  Operand a;          // (rows, inner)
+  Operand b;          // (cols, inner)
+  Operand c;          // (rows, cols), not const
   bool tall = false;  // A and B are read along rows and cols, a sum over tokens
   const void* bias = nullptr;
   Activation activation = Activation::none;
@@ -98,9 +98,11 @@ struct Split {
 inline Split split_sum(std::int64_t batches, std::int64_t rows, std::int64_t cols,
                        std::int64_t inner, int multiprocessors) {
   const auto tiles = [](std::int64_t n, std::int64_t tile) { return (n + tile - 1) / tile; };
-  const std::int64_t blocks = std::max<std::int64_t>(1, batches * tiles(rows, 64) * tiles(cols, 64));
+  const std::int64_t blocks =
+      std::max<std::int64_t>(1, batches * tiles(rows, 64) * tiles(cols, 64));
   const std::int64_t wanted = tiles(4 * std::int64_t{multiprocessors}, blocks);
-  const std::int64_t count = std::clamp<std::int64_t>(wanted, 1, std::max<std::int64_t>(1, inner / 256));
+  const std::int64_t count =
+      std::clamp<std::int64_t>(wanted, 1, std::max<std::int64_t>(1, inner / 256));
   Split split;
   split.inner = std::max<std::int64_t>(32, tiles(tiles(inner, count), 32) * 32);
   split.count = std::max<std::int64_t>(1, tiles(inner, split.inner));

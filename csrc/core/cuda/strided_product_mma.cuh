@@ -8,19 +8,15 @@
 
 namespace structmat::cuda {
 
-// How a tile of A or B gets to shared memory.
-enum class Way : int { numbers, inner_packs, row_packs };
-struct Ways {
-  Way a, b;
-  bool c_packs;             // C is written in packs along its columns
-  std::int64_t interleaved;  // batches of a block, whose packs of C are shared
-};
-
 constexpr int kDepth = 32, kStages = 3;  // columns of A and B a step takes, steps under way
 
-// kLines rows of A (or B) by kDepth columns: as they are, or transposed where packs run along rows.
-// Pitches keep the eight addresses of an 8 x 8 matrix in different banks.
-template <class T, int kLines, bool kTransposed>
+// How tiles of A and B get to shared memory: in packs along their columns, in packs along their
+// rows and hence transposed, or by numbers.
+enum class Way : int { columns, rows, numbers };
+
+// kLines rows of A (or B) by kDepth columns. Pitches keep the eight addresses of an 8 x 8 matrix in
+// different banks.
+template <class T, int kLines, Way kWay, bool kTransposed>
 struct Panel {
   static constexpr int kPitch = (kTransposed ? kLines : kDepth) + kPack;
   T value[(kTransposed ? kDepth : kLines) * kPitch];
@@ -29,32 +25,28 @@ struct Panel {
     return value + (kTransposed ? inner * kPitch + line : line * kPitch + inner);
   }
 
-  // Lines from `line` on, columns from `inner` to `end`; what lies beyond is zero.
+  // What lies beyond `height` lines or `depth` columns is zero.
   template <int kThreads>
-  __device__ void load(Way way, const T* from, const std::int64_t* lines,
-                       const std::int64_t* columns, std::int64_t line, std::int64_t line_end,
-                       std::int64_t inner, std::int64_t end, int thread) {
-    const std::int64_t left_lines = line_end - line, left = end - inner;
-    if (way == Way::numbers) {
-      for (int i = thread; i < kLines * kDepth; i += kThreads) {
-        const int l = kTransposed ? i % kLines : i / kDepth, c = kTransposed ? i / kLines : i % kDepth;
-        *at(l, c) = l < left_lines && c < left ? from[lines[l] + columns[c]] : T{};
+  __device__ void load(const T* from, const std::int64_t* rows, const std::int64_t* columns,
+                       int height, int depth, int thread) {
+    constexpr int kNumbers = kWay == Way::numbers ? 1 : kPack;
+    constexpr int kAlong = kTransposed ? kLines : kDepth;
+    SM_ROLLED
+    for (int i = thread; i < kLines * kDepth / kNumbers; i += kThreads) {
+      const int first = i % (kAlong / kNumbers) * kNumbers, other = i / (kAlong / kNumbers);
+      const int line = kTransposed ? first : other, inner = kTransposed ? other : first;
+      const bool in = line < height && inner < depth;
+      const T* const source = in ? from + rows[line] + columns[inner] : from;
+      if constexpr (kWay == Way::numbers) {
+        *at(line, inner) = in ? *source : T{};
+      } else {
+        const int left = kTransposed ? height - line : depth - inner;
+        copy<16>(at(line, inner), source, in ? 2 * (left < kPack ? left : kPack) : 0);
       }
-      return;
-    }
-    SM_UNROLL
-    for (int i = thread; i < kLines * kDepth / kPack; i += kThreads) {
-      constexpr int kPacks = (kTransposed ? kLines : kDepth) / kPack;
-      const int pack = i % kPacks * kPack;
-      const int l = kTransposed ? pack : i / kPacks, c = kTransposed ? i / kPacks : pack;
-      const std::int64_t along = kTransposed ? left_lines - l : left - c;
-      const bool in = l < left_lines && c < left;
-      const int count = !in ? 0 : along < kPack ? static_cast<int>(along) : kPack;
-      copy_16(at(l, c), in ? from + lines[l] + columns[c] : from, count * 2);
     }
   }
 
-  // The 16 lines from `line` on as A of an instruction; 16 lines as two B's: b0, b1 of the first 8.
+  // 16 lines from `line` on as A of an instruction, or as two B: b0, b1 of the first 8 come first.
   __device__ void left(unsigned (&out)[4], int line, int inner, int lane) {
     const int matrix = lane / 8, r = lane % 8;
     if constexpr (kTransposed)
@@ -71,69 +63,67 @@ struct Panel {
   }
 };
 
-template <class T, int kRows, int kCols, bool kTransA, bool kTransB>
-struct MmaTile {
-  Addresses<kRows, kCols, kDepth> at;
-  struct Stage {
-    alignas(16) Panel<T, kRows, kTransA> a;
-    alignas(16) Panel<T, kCols, kTransB> b;
-  };
-  // Then, in their place, C: a row's numbers side by side or, with interleaved batches, packs of
-  // kPack numbers that share their column's address.
-  Stage stage[kStages];
-
-  static constexpr int kPitchC = kCols + kPack;
-  static std::size_t bytes(std::int64_t interleaved) {
-    const std::size_t staged =
-        interleaved == 1 ? kRows * kPitchC : static_cast<std::size_t>(interleaved) * kRows * kCols;
-    return offsetof(MmaTile, stage) + sizeof stage +
-           (interleaved == 1 ? 0 : staged * sizeof(T));
-  }
-  static_assert(kRows * kPitchC * sizeof(T) <= sizeof stage, "C fits where A and B were");
+// kRows x kCols of C by kDown x kAcross warps.
+template <int kRowsOfTile, int kColsOfTile, int kWarpsDown, int kWarpsAcross>
+struct Shape {
+  static constexpr int kRows = kRowsOfTile, kCols = kColsOfTile, kDown = kWarpsDown,
+                       kAcross = kWarpsAcross;
+  static constexpr int kThreads = kDown * kAcross * 32;
+  static constexpr int kA = kRows / kDown / 16, kB = kCols / kAcross / 16;  // 16 x 16 of a warp
 };
 
-template <class T, int kRows, int kCols, int kWarpRows, int kWarpCols, bool kTransA, bool kTransB>
-__global__ void __launch_bounds__(kWarpRows* kWarpCols * 32)
-    mma_product_kernel(StridedProduct p, Ways ways) {
-  using Shared = MmaTile<T, kRows, kCols, kTransA, kTransB>;
-  constexpr int kThreads = kWarpRows * kWarpCols * 32;
-  constexpr int kA = kRows / kWarpRows / 16, kB = kCols / kWarpCols / 16;  // 16 x 16 tiles of a warp
-  SM_DYNAMIC_SHARED(Shared, shared);
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int row = warp / kWarpCols * kA * 16, col = warp % kWarpCols * kB * 16;
-  const int group = static_cast<int>(ways.interleaved);
-  Tile tile = tile_of_block<kRows, kCols>(p, group);
-  const std::int64_t first_batch = tile.batch;
-  const int steps = static_cast<int>(tiles_of(tile.end - tile.begin, kDepth));
-  T* const c = static_cast<T*>(const_cast<void*>(p.c.data));
-  // C of interleaved batches gathers behind the stages.
-  T* const staged = group == 1 ? reinterpret_cast<T*>(shared->stage)
-                               : reinterpret_cast<T*>(shared->stage + kStages);
-  const int run = kPack / group;  // of one batch's numbers in a pack
-  const int batches =
-      static_cast<int>(p.batches - first_batch < group ? p.batches - first_batch : group);
+template <class T, class S, Way kWayA, Way kWayB, bool kTall>
+struct MmaTile {
+  Addresses<S::kRows, S::kCols, kDepth> at;
+  struct Stage {
+    alignas(16) Panel<T, S::kRows, kWayA, kTall || kWayA == Way::rows> a;
+    alignas(16) Panel<T, S::kCols, kWayB, kTall || kWayB == Way::rows> b;
+  };
+  union {
+    Stage stage[kStages];
+    SumTile<float, S::kRows, S::kCols> sums;
+  };
+};
 
-  for (int g = 0; g < batches; ++g) {
-    tile.batch = first_batch + g;
+// A block takes as many batches as share packs of C; large tiles are not for such.
+template <class T, class S, Way kWayA, Way kWayB, bool kTall>
+__global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
+    mma_product_kernel(StridedProduct p, bool c_packs, int batches_of_pack) {
+  using Shared = MmaTile<T, S, kWayA, kWayB, kTall>;
+  const int shared_by = S::kRows > 64 ? 1 : batches_of_pack;
+  constexpr int kThreads = S::kThreads, kA = S::kA, kB = S::kB;
+  SM_DYNAMIC_SHARED(Shared, shared);
+  T* const packs = reinterpret_cast<T*>(shared + 1);  // of C, where batches share them
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int row = warp / S::kAcross * kA * 16, col = warp % S::kAcross * kB * 16;
+  Tile tile = tile_of_block<S::kRows, S::kCols>(p, shared_by);
+  const std::int64_t first = tile.batch;
+  const int steps = static_cast<int>(tiles_of(tile.inner, kDepth));
+  const int run = kPack / shared_by;
+
+  SM_ROLLED
+  for (int g = 0; g < shared_by && first + g < p.batches; ++g) {
+    tile.batch = first + g;
     const T* const a = operand<T>(p.a, tile.batch);
     const T* const b = operand<T>(p.b, tile.batch);
     if (g > 0) __syncthreads();
     shared->at.start(p, tile, thread, kThreads);
-    SM_UNROLL
+    SM_ROLLED
     for (int s = 0; s < kStages; ++s) shared->at.step(p, tile, s, thread);
     __syncthreads();
     const auto load = [&](int step) {
       if (step < steps) {
-        const std::int64_t inner = tile.begin + std::int64_t{step} * kDepth;
+        const std::int64_t left = tile.inner - std::int64_t{step} * kDepth;
+        const int depth = left < kDepth ? static_cast<int>(left) : kDepth;
         typename Shared::Stage& to = shared->stage[step % kStages];
-        to.a.template load<kThreads>(ways.a, a, shared->at.a_row, shared->at.a_inner[step % 4],
-                                     tile.row, p.rows, inner, tile.end, thread);
-        to.b.template load<kThreads>(ways.b, b, shared->at.b_row, shared->at.b_inner[step % 4],
-                                     tile.col, p.cols, inner, tile.end, thread);
+        to.a.template load<kThreads>(a, shared->at.a_row, shared->at.a_inner[step % 4], tile.height,
+                                     depth, thread);
+        to.b.template load<kThreads>(b, shared->at.b_row, shared->at.b_inner[step % 4], tile.width,
+                                     depth, thread);
       }
       copy_commit();  // of nothing too: the count of groups is that of steps
     };
-    SM_UNROLL
+    SM_ROLLED
     for (int s = 0; s < kStages - 1; ++s) load(s);
 
     float sum[kA][2 * kB][4] = {};
@@ -164,108 +154,90 @@ __global__ void __launch_bounds__(kWarpRows* kWarpCols * 32)
     copy_wait<0>();
     __syncthreads();
 
-    float* const part = p.splits == 1 ? nullptr
-                                      : static_cast<float*>(p.partial) +
-                                            (tile.split * p.batches + tile.batch) * p.rows * p.cols;
-    if (part == nullptr) {
-      shared->at.finish(p, tile, thread, kThreads);
-      __syncthreads();
-    }
+    shared->at.finish(p, tile, thread, kThreads);
     SM_UNROLL
-    for (int j = 0; j < 2 * kB; ++j) {
+    for (int i = 0; i < kA; ++i) {
       SM_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const int in = col + j * 8 + lane % 4 * 2 + e;
-        if (tile.col + in >= p.cols) continue;
-        float bias = 0;
-        if (p.bias != nullptr)
-          bias = to_float(operand<T>({p.bias, p.c.batch, {}, {}}, tile.batch)[shared->at.b_row[in]]);
+      for (int j = 0; j < 2 * kB; ++j) {
         SM_UNROLL
-        for (int i = 0; i < kA; ++i) {
-          SM_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const int down = row + i * 16 + half * 8 + lane / 4;
-            if (tile.row + down >= p.rows) continue;
-            const float z = sum[i][j][half * 2 + e];
-            if (part != nullptr) {
-              part[(tile.row + down) * p.cols + tile.col + in] = z;
-              continue;
-            }
-            const T value = from_float<T>(activated(z + bias, p.activation));
-            if (group == 1)
-              staged[down * Shared::kPitchC + in] = value;
-            else
-              staged[(down * kCols + in / run * run) * group + g * run + in % run] = value;
-          }
-        }
+        for (int e = 0; e < 4; ++e)
+          shared->sums
+              .value[row + i * 16 + lane / 4 + e / 2 * 8][col + j * 8 + lane % 4 * 2 + e % 2] =
+              sum[i][j][e];
       }
     }
-    if (part != nullptr) return;
+    __syncthreads();
+    if (p.splits > 1)
+      store_part<kThreads>(p, tile, shared->sums, thread);
+    else if (shared_by > 1)  // a pack for each row and address of columns
+      for_each_sum<T, kThreads>(
+          p, tile, shared->sums, shared->at, thread, [&](int r, int c, T value) {
+            packs[(r * S::kCols + c / run * run) * shared_by + g * run + c % run] = value;
+          });
+    else if (c_packs)
+      store_packs<T, kThreads>(p, tile, shared->sums, shared->at, thread);
+    else
+      store_sums<T, kThreads>(p, tile, shared->sums, shared->at, thread);
   }
+  if (shared_by == 1) return;
   __syncthreads();
-
-  T* const origin = c + p.c.batch.at(0, first_batch);
-  const int columns = static_cast<int>(p.cols - tile.col < kCols ? p.cols - tile.col : kCols);
-  const int rows = static_cast<int>(p.rows - tile.row < kRows ? p.rows - tile.row : kRows);
-  if (group > 1) {  // a pack per row and address of columns
-    const int packs = (columns + run - 1) / run;
-    for (int i = thread; i < rows * packs; i += kThreads) {
-      const int r = i / packs, pack = i % packs;
-      const T* from = staged + (r * kCols + pack * run) * group;
-      T* to = origin + shared->at.a_row[r] + shared->at.b_row[pack * run];
-      if (batches == group && (pack + 1) * run <= columns)
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-      else
-        for (int n = 0; n < batches * run; ++n)
-          if (pack * run + n % run < columns) to[n] = from[n];
-    }
-  } else if (ways.c_packs) {
-    const int packs = (columns + kPack - 1) / kPack;
-    for (int i = thread; i < rows * packs; i += kThreads) {
-      const int r = i / packs, n = i % packs * kPack;
-      const T* from = staged + r * Shared::kPitchC + n;
-      T* to = origin + shared->at.a_row[r] + shared->at.b_row[n];
-      if (n + kPack <= columns)
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-      else
-        for (int e = 0; n + e < columns; ++e) to[e] = from[e];
-    }
-  } else {
-    for (int i = thread; i < rows * columns; i += kThreads) {
-      const int r = i / columns, n = i % columns;
-      origin[shared->at.a_row[r] + shared->at.b_row[n]] = staged[r * Shared::kPitchC + n];
+  const int batches =
+      p.batches - first < shared_by ? static_cast<int>(p.batches - first) : shared_by;
+  const int count = (tile.width + run - 1) / run;
+  T* const c = const_cast<T*>(operand<T>(p.c, first));
+  SM_ROLLED
+  for (int i = thread; i < tile.height * count; i += kThreads) {
+    const int r = i / count, n = i % count * run;
+    const T* from = packs + (r * S::kCols + n) * shared_by;
+    T* to = c + shared->at.a_row[r] + shared->at.b_row[n];
+    if (batches == shared_by && n + run <= tile.width) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      SM_ROLLED
+      for (int e = 0; e < batches * run; ++e)
+        if (n + e % run < tile.width) to[e] = from[e];
     }
   }
 }
 
-template <class T, int kRows, int kCols, int kWarpRows, int kWarpCols, bool kTransA, bool kTransB>
-void launch_mma(const Context& context, const StridedProduct& p, const Ways& ways) {
-  const std::size_t bytes = MmaTile<T, kRows, kCols, kTransA, kTransB>::bytes(ways.interleaved);
+template <class T, class S, Way kWayA, Way kWayB, bool kTall = false>
+void launch_mma(const Context& context, const StridedProduct& p) {
+  const int shared_by =
+      p.splits > 1 || S::kRows > 64 ? 1 : static_cast<int>(interleaved_batches(p.c));
+  const bool c_packs = packs(p.c.data, p.c.col, p.c.row, p.c.batch);
+  std::size_t bytes = sizeof(MmaTile<T, S, kWayA, kWayB, kTall>);
+  if (shared_by > 1) bytes += std::size_t{S::kRows} * S::kCols * sizeof(T) * shared_by;
   if (bytes > 48 * 1024)
-    SM_ALLOW_SHARED((mma_product_kernel<T, kRows, kCols, kWarpRows, kWarpCols, kTransA, kTransB>),
-                    static_cast<int>(bytes));
-  SM_LAUNCH((mma_product_kernel<T, kRows, kCols, kWarpRows, kWarpCols, kTransA, kTransB>), (grid_of<kRows, kCols>(p, ways.interleaved)), kWarpRows * kWarpCols * 32, bytes,
-            context.stream, p, ways);
+    SM_ALLOW_SHARED((mma_product_kernel<T, S, kWayA, kWayB, kTall>), static_cast<int>(bytes));
+  SM_LAUNCH((mma_product_kernel<T, S, kWayA, kWayB, kTall>),
+            (grid_of<S::kRows, S::kCols>(p, shared_by)), S::kThreads, bytes, context.stream, p,
+            c_packs, shared_by);
 }
 
 template <class T>
 void multiply_mma(const Context& context, const StridedProduct& p) {
-  const auto way = [&](const Operand& x) {
-    if (!p.tall && packs(x.data, x.col, x.row, x.batch)) return Way::inner_packs;
-    return packs(x.data, x.row, x.col, x.batch) ? Way::row_packs : Way::numbers;
-  };
-  Ways ways{way(p.a), way(p.b), packs(p.c.data, p.c.col, p.c.row, p.c.batch), 1};
-  if (p.tall) return launch_mma<T, 64, 64, 2, 2, true, true>(context, p, ways);
-  if (ways.a == Way::row_packs) ways.a = Way::numbers;
-  if (p.splits == 1) ways.interleaved = interleaved_batches(p.c);
-  const bool transposed = ways.b == Way::row_packs;
-  const bool large = p.rows > 64 && p.cols > 64 && ways.interleaved == 1, few = p.rows <= 16;
-  if (large && transposed) return launch_mma<T, 128, 128, 2, 4, false, true>(context, p, ways);
-  if (large) return launch_mma<T, 128, 128, 2, 4, false, false>(context, p, ways);
-  if (few && transposed) return launch_mma<T, 16, 64, 1, 4, false, true>(context, p, ways);
-  if (few) return launch_mma<T, 16, 64, 1, 4, false, false>(context, p, ways);
-  if (transposed) return launch_mma<T, 64, 64, 2, 2, false, true>(context, p, ways);
-  launch_mma<T, 64, 64, 2, 2, false, false>(context, p, ways);
+  using Large = Shape<128, 128, 2, 4>;
+  using Small = Shape<64, 64, 2, 2>;
+  using Few = Shape<16, 64, 1, 4>;  // few tokens
+  const auto along_rows = [](const Operand& x) { return packs(x.data, x.row, x.col, x.batch); };
+  const auto along_columns = [](const Operand& x) { return packs(x.data, x.col, x.row, x.batch); };
+  constexpr Way rows = Way::rows, columns = Way::columns, numbers = Way::numbers;
+  const bool few = p.rows <= 16;
+  if (p.tall)
+    return along_rows(p.a) && along_rows(p.b)
+               ? launch_mma<T, Small, rows, rows, true>(context, p)
+               : launch_mma<T, Small, numbers, numbers, true>(context, p);
+  const bool large = p.rows > 64 && p.cols > 64 && interleaved_batches(p.c) == 1;
+  if (along_columns(p.a) && along_columns(p.b))
+    return large ? launch_mma<T, Large, columns, columns>(context, p)
+           : few ? launch_mma<T, Few, columns, columns>(context, p)
+                 : launch_mma<T, Small, columns, columns>(context, p);
+  if (along_columns(p.a) && along_rows(p.b))
+    return large ? launch_mma<T, Large, columns, rows>(context, p)
+           : few ? launch_mma<T, Few, columns, rows>(context, p)
+                 : launch_mma<T, Small, columns, rows>(context, p);
+  return few ? launch_mma<T, Few, numbers, numbers>(context, p)
+             : launch_mma<T, Small, numbers, numbers>(context, p);
 }
 
 }  // namespace structmat::cuda

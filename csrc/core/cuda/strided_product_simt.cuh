@@ -1,127 +1,116 @@
 // SPDX-License-Identifier: Apache-2.0
-// multiply() in fp32 and fp64: a thread keeps kMine x kMine sums in registers; tiles of A and B
-// pass through registers to shared memory, the next while this one is multiplied.
+// multiply() in fp32 and fp64: a thread keeps kTall x 4 sums in registers; tiles of A and B come by
+// asynchronous copies, number by number, three steps ahead.
 #pragma once
+#include "cuda/copy.h"
 #include "cuda/strided_product_tile.cuh"
 
 namespace structmat::cuda {
 
-template <class T, int kMine>
+template <class T, int kTall>
 struct SimtTile {
-  static constexpr int kThreads = 128, kDepth = 16;
-  static constexpr int kRows = 16 * kMine, kCols = 8 * kMine;  // 16 x 8 threads
-  static constexpr int kPitch = 16 / sizeof(T);                // between rows, so that banks differ
+  static constexpr int kThreads = 128, kDepth = 16, kStages = 3;
+  static constexpr int kRows = 16 * kTall, kCols = 32;  // 16 x 8 threads
+  static constexpr int kPitch = 16 / sizeof(T);         // between rows, so that banks differ
   Addresses<kRows, kCols, kDepth> at;
-  alignas(16) T a[kDepth][kRows + kPitch];
-  alignas(16) T b[kDepth][kCols + kPitch];
+  struct Stage {
+    alignas(16) T a[kDepth][kRows + kPitch];
+    alignas(16) T b[kDepth][kCols + kPitch];
+  };
+  union {
+    Stage stage[kStages];
+    SumTile<T, kRows, kCols> sums;
+  };
 };
 
-// A tile's element that falls to a thread: along whichever index lies side by side in memory.
-template <int kLines, int kDepth>
-struct Element {
-  int line, inner;
-  __device__ Element(int i, bool along_inner)
-      : line(along_inner ? i / kDepth : i % kLines), inner(along_inner ? i % kDepth : i / kLines) {}
-};
+// Lines of A or B, transposed on the way; what lies beyond `height` or `depth` is zero. Threads
+// side by side take numbers side by side in memory.
+template <int kThreads, class T, int kDepth, int kWidth>
+__device__ void copy_lines(T (&to)[kDepth][kWidth], int lines, const T* from,
+                           const std::int64_t* rows, const std::int64_t* columns, int height,
+                           std::int64_t depth, bool along_columns, int thread) {
+  SM_ROLLED
+  for (int i = thread; i < lines * kDepth; i += kThreads) {
+    const int line = along_columns ? i / kDepth : i % lines;
+    const int inner = along_columns ? i % kDepth : i / lines;
+    const bool in = line < height && inner < depth;
+    copy<sizeof(T)>(&to[inner][line], in ? from + rows[line] + columns[inner] : from,
+                    in ? sizeof(T) : 0);
+  }
+}
 
-template <class T, int kMine>
-__global__ void __launch_bounds__(128) simt_product_kernel(StridedProduct p) {
-  using Shared = SimtTile<T, kMine>;
+template <class T, int kTall>
+__global__ void __launch_bounds__(128, 4) simt_product_kernel(StridedProduct p) {
+  using Shared = SimtTile<T, kTall>;
   constexpr int kThreads = Shared::kThreads, kRows = Shared::kRows, kCols = Shared::kCols,
-                kDepth = Shared::kDepth;
-  constexpr int kA = kRows * kDepth / kThreads, kB = kCols * kDepth / kThreads;
+                kDepth = Shared::kDepth, kStages = Shared::kStages;
   SM_DYNAMIC_SHARED(Shared, shared);
-  const int thread = threadIdx.x, row = thread / 8 * kMine, col = thread % 8 * kMine;
+  const int thread = threadIdx.x, row = thread / 8 * kTall, col = thread % 8 * 4;
   const Tile tile = tile_of_block<kRows, kCols>(p, 1);
   const T* const a = operand<T>(p.a, tile.batch);
   const T* const b = operand<T>(p.b, tile.batch);
-  const bool a_inner = p.a.col.low == 1 && !p.tall, b_inner = p.b.col.low == 1 && !p.tall;
-  const int steps = static_cast<int>(tiles_of(tile.end - tile.begin, kDepth));
+  const int steps = static_cast<int>(tiles_of(tile.inner, kDepth));
 
-  T next_a[kA], next_b[kB];
   const auto load = [&](int step) {
-    const std::int64_t first = tile.begin + std::int64_t{step} * kDepth;
-    SM_UNROLL
-    for (int i = 0; i < kA; ++i) {
-      const Element<kRows, kDepth> e(thread + i * kThreads, a_inner);
-      const bool in = tile.row + e.line < p.rows && first + e.inner < tile.end;
-      next_a[i] = in ? a[shared->at.a_row[e.line] + shared->at.a_inner[step % 4][e.inner]] : T{0};
+    if (step < steps) {
+      const std::int64_t depth = tile.inner - std::int64_t{step} * kDepth;
+      typename Shared::Stage& to = shared->stage[step % kStages];
+      copy_lines<kThreads>(to.a, kRows, a, shared->at.a_row, shared->at.a_inner[step % 4],
+                           tile.height, depth, p.a.col.low == 1 && !p.tall, thread);
+      copy_lines<kThreads>(to.b, kCols, b, shared->at.b_row, shared->at.b_inner[step % 4],
+                           tile.width, depth, p.b.col.low == 1 && !p.tall, thread);
     }
-    SM_UNROLL
-    for (int i = 0; i < kB; ++i) {
-      const Element<kCols, kDepth> e(thread + i * kThreads, b_inner);
-      const bool in = tile.col + e.line < p.cols && first + e.inner < tile.end;
-      next_b[i] = in ? b[shared->at.b_row[e.line] + shared->at.b_inner[step % 4][e.inner]] : T{0};
-    }
+    copy_commit();  // of nothing too: the count of groups is that of steps
   };
 
   shared->at.start(p, tile, thread, kThreads);
-  shared->at.step(p, tile, 0, thread);
-  shared->at.step(p, tile, 1, thread);
+  SM_ROLLED
+  for (int s = 0; s < kStages; ++s) shared->at.step(p, tile, s, thread);
   __syncthreads();
-  if (steps > 0) load(0);
-  T sum[kMine][kMine] = {};
+  SM_ROLLED
+  for (int s = 0; s < kStages - 1; ++s) load(s);
+  T sum[kTall][4] = {};
+  SM_ROLLED
   for (int step = 0; step < steps; ++step) {
+    copy_wait<kStages - 2>();
     __syncthreads();
-    SM_UNROLL
-    for (int i = 0; i < kA; ++i) {
-      const Element<kRows, kDepth> e(thread + i * kThreads, a_inner);
-      shared->a[e.inner][e.line] = next_a[i];
-    }
-    SM_UNROLL
-    for (int i = 0; i < kB; ++i) {
-      const Element<kCols, kDepth> e(thread + i * kThreads, b_inner);
-      shared->b[e.inner][e.line] = next_b[i];
-    }
-    if (step + 2 < steps) shared->at.step(p, tile, step + 2, thread);
-    __syncthreads();
-    if (step + 1 < steps) load(step + 1);
+    load(step + kStages - 1);
+    shared->at.step(p, tile, step + kStages, thread);
+    const typename Shared::Stage& now = shared->stage[step % kStages];
     SM_UNROLL
     for (int k = 0; k < kDepth; ++k) {
-      T left[kMine], right[kMine];
+      T left[kTall], right[4];
       SM_UNROLL
-      for (int i = 0; i < kMine; ++i) left[i] = shared->a[k][row + i];
+      for (int i = 0; i < kTall; ++i) left[i] = now.a[k][row + i];
       SM_UNROLL
-      for (int j = 0; j < kMine; ++j) right[j] = shared->b[k][col + j];
+      for (int j = 0; j < 4; ++j) right[j] = now.b[k][col + j];
       SM_UNROLL
-      for (int i = 0; i < kMine; ++i) {
+      for (int i = 0; i < kTall; ++i) {
         SM_UNROLL
-        for (int j = 0; j < kMine; ++j) sum[i][j] += left[i] * right[j];
+        for (int j = 0; j < 4; ++j) sum[i][j] += left[i] * right[j];
       }
     }
   }
+  copy_wait<0>();
   __syncthreads();
   shared->at.finish(p, tile, thread, kThreads);
-  __syncthreads();
-
-  T* const part = p.splits == 1 ? nullptr
-                                : static_cast<T*>(p.partial) +
-                                      (tile.split * p.batches + tile.batch) * p.rows * p.cols;
-  const std::int64_t origin = p.c.batch.at(0, tile.batch);
   SM_UNROLL
-  for (int j = 0; j < kMine; ++j) {
-    const std::int64_t c = tile.col + col + j;
-    if (c >= p.cols) break;
-    const std::int64_t at = origin + shared->at.b_row[col + j];
-    const T bias = p.bias != nullptr ? static_cast<const T*>(p.bias)[at] : T{0};
+  for (int i = 0; i < kTall; ++i) {
     SM_UNROLL
-    for (int i = 0; i < kMine; ++i) {
-      const std::int64_t r = tile.row + row + i;
-      if (r >= p.rows) break;
-      if (part != nullptr)
-        part[r * p.cols + c] = sum[i][j];
-      else
-        static_cast<T*>(const_cast<void*>(p.c.data))[at + shared->at.a_row[row + i]] =
-            activated(sum[i][j] + bias, p.activation);
-    }
+    for (int j = 0; j < 4; ++j) shared->sums.value[row + i][col + j] = sum[i][j];
   }
+  __syncthreads();
+  if (p.splits > 1)
+    store_part<kThreads>(p, tile, shared->sums, thread);
+  else
+    store_sums<T, kThreads>(p, tile, shared->sums, shared->at, thread);
 }
 
 template <class T>
 void multiply_simt(const Context& context, const StridedProduct& p) {
-  constexpr int kMine = sizeof(T) == 8 ? 4 : 8;  // 64 registers of sums
-  using Shared = SimtTile<T, kMine>;
-  SM_LAUNCH((simt_product_kernel<T, kMine>), (grid_of<Shared::kRows, Shared::kCols>(p, 1)),
+  constexpr int kTall = sizeof(T) == 8 ? 4 : 8;  // 32 registers of sums
+  using Shared = SimtTile<T, kTall>;
+  SM_LAUNCH((simt_product_kernel<T, kTall>), (grid_of<Shared::kRows, Shared::kCols>(p, 1)),
             Shared::kThreads, sizeof(Shared), context.stream, p);
 }
 

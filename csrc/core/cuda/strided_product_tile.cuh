@@ -24,7 +24,9 @@ __device__ T rounded(Sum value) {
 // The tile of a block. Columns run fastest, then batches: blocks that run together share rows of A
 // and all of B, which stays in the L2 cache.
 struct Tile {
-  std::int64_t batch, row, col, begin, end, split;
+  std::int64_t batch, row, col, begin, split;
+  int height, width;   // of the part that lies in C
+  std::int64_t inner;  // terms of the sum, from `begin` on
 };
 template <int kRows, int kCols>
 __device__ Tile tile_of_block(const StridedProduct& p, std::int64_t group) {
@@ -36,9 +38,11 @@ __device__ Tile tile_of_block(const StridedProduct& p, std::int64_t group) {
   tile.batch = i % batches * group, i /= batches;
   tile.row = i % rows * kRows;
   tile.split = i / rows;
+  tile.height = p.rows - tile.row < kRows ? static_cast<int>(p.rows - tile.row) : kRows;
+  tile.width = p.cols - tile.col < kCols ? static_cast<int>(p.cols - tile.col) : kCols;
   tile.begin = tile.split * p.split_inner;
-  const std::int64_t end = tile.begin + p.split_inner;
-  tile.end = p.splits > 1 && end < p.inner ? end : p.inner;
+  const std::int64_t left = p.inner - tile.begin;
+  tile.inner = p.splits > 1 && p.split_inner < left ? p.split_inner : left;
   return tile;
 }
 template <int kRows, int kCols>
@@ -60,8 +64,8 @@ struct Addresses {
     for (int i = thread; i < kRows; i += threads) a_row[i] = p.a.row.at(tile.batch, tile.row + i);
     for (int i = thread; i < kCols; i += threads) b_row[i] = p.b.row.at(tile.batch, tile.col + i);
   }
-  __device__ void step(const StridedProduct& p, const Tile& tile, int number, int thread) {
-    const std::int64_t i = tile.begin + std::int64_t{number} * kDepth + thread % kDepth;
+  __device__ void step(const StridedProduct& p, const Tile& tile, std::int64_t number, int thread) {
+    const std::int64_t i = tile.begin + number * kDepth + thread % kDepth;
     if (thread < kDepth)
       a_inner[number % 4][thread] = p.a.col.at(tile.batch, i);
     else if (thread < 2 * kDepth)
@@ -77,6 +81,85 @@ struct Addresses {
 template <class T>
 __device__ const T* operand(const Operand& x, std::int64_t batch) {
   return static_cast<const T*>(x.data) + x.batch.at(0, batch);
+}
+
+// ---- From the sums of a tile to C ---------------------------------------------------------------
+
+template <class Sum, int kRows, int kCols>
+struct SumTile {
+  Sum value[kRows][kCols + 8];
+};
+
+// f(row, column, act(sum + bias) as C's type) of each element of the tile, side by side.
+template <class T, int kThreads, class Sums, class At, class F>
+__device__ void for_each_sum(const StridedProduct& p, const Tile& tile, const Sums& sums,
+                             const At& at, int thread, F f) {
+  const T* const bias =
+      p.bias == nullptr ? nullptr : static_cast<const T*>(p.bias) + p.c.batch.at(0, tile.batch);
+  const int width = tile.width, count = tile.height * width;
+  SM_ROLLED
+  for (int i = thread; i < count; i += kThreads) {
+    const int r = i / width, c = i % width;
+    accumulator_t<T> z = sums.value[r][c];
+    if (bias != nullptr) z += to_float(bias[at.b_row[c]]);
+    f(r, c, rounded<T>(activated(z, p.activation)));
+  }
+}
+
+template <class T, int kThreads, class Sums, class At>
+__device__ void store_sums(const StridedProduct& p, const Tile& tile, const Sums& sums,
+                           const At& at, int thread) {
+  T* const c = const_cast<T*>(operand<T>(p.c, tile.batch));
+  for_each_sum<T, kThreads>(p, tile, sums, at, thread, [&](int row, int col, T value) {
+    c[at.a_row[row] + at.b_row[col]] = value;
+  });
+}
+
+// By 16 bytes: eight numbers of a 16-bit type lie side by side.
+template <class T, int kThreads, class Sums, class At>
+__device__ void store_packs(const StridedProduct& p, const Tile& tile, const Sums& sums,
+                            const At& at, int thread) {
+  struct alignas(16) Pack {
+    T value[kPack];
+  };
+  T* const c = const_cast<T*>(operand<T>(p.c, tile.batch));
+  const T* const bias =
+      p.bias == nullptr ? nullptr : static_cast<const T*>(p.bias) + p.c.batch.at(0, tile.batch);
+  const int width = tile.width, packs = (width + kPack - 1) / kPack;
+  SM_ROLLED
+  for (int i = thread; i < tile.height * packs; i += kThreads) {
+    const int r = i / packs, n = i % packs * kPack;
+    const int count = width - n < kPack ? width - n : kPack;
+    T* const to = c + at.a_row[r] + at.b_row[n];
+    Pack pack;
+    SM_UNROLL
+    for (int e = 0; e < kPack; ++e) {
+      accumulator_t<T> z = sums.value[r][n + e];
+      if (bias != nullptr && e < count) z += to_float(bias[at.b_row[n + e]]);
+      if (p.activation != Activation::none) z = activated(z, p.activation);
+      pack.value[e] = rounded<T>(z);
+    }
+    if (count == kPack) {
+      *reinterpret_cast<Pack*>(to) = pack;
+    } else {
+      SM_UNROLL
+      for (int e = 0; e < kPack; ++e)
+        if (e < count) to[e] = pack.value[e];
+    }
+  }
+}
+
+template <int kThreads, class Sum, int kRows, int kCols>
+__device__ void store_part(const StridedProduct& p, const Tile& tile,
+                           const SumTile<Sum, kRows, kCols>& sums, int thread) {
+  Sum* const part =
+      static_cast<Sum*>(p.partial) + (tile.split * p.batches + tile.batch) * p.rows * p.cols;
+  const int width = tile.width, count = tile.height * width;
+  SM_ROLLED
+  for (int i = thread; i < count; i += kThreads) {
+    const int r = i / width, c = i % width;
+    part[(tile.row + r) * p.cols + tile.col + c] = sums.value[r][c];
+  }
 }
 
 // C <- the sum of its parts, in order.

@@ -50,7 +50,9 @@ struct Factor {
   }
 
  private:
-  Axis pair(std::int64_t a, std::int64_t d) const { return Axis::split(std::max<std::int64_t>(D, 1), a, d); }
+  Axis pair(std::int64_t a, std::int64_t d) const {
+    return Axis::split(std::max<std::int64_t>(D, 1), a, d);
+  }
 };
 
 monarch::DeviceFacts device_facts() {
@@ -101,8 +103,7 @@ void kronecker_sparse_linear_backward_cuda(const Context& context, ConstMatrixVi
     p.partial = context.workspace;
     cuda::multiply(context, p);
   }
-  if (grads.bias.data != nullptr)
-    cuda::column_sums(context, dy, context.workspace, grads.bias);
+  if (grads.bias.data != nullptr) cuda::column_sums(context, dy, context.workspace, grads.bias);
 }
 
 }  // namespace structmat

@@ -3,6 +3,7 @@
 #include "cuda/column_sums.h"
 #include "cuda/device.h"
 #include "cuda/strided_product.h"
+#include "monarch/monarch_fused_cuda.cuh"
 #include "monarch/monarch_kernels.h"
 #include "monarch/monarch_maps_cuda.h"
 #include "monarch/monarch_plan.h"
@@ -32,11 +33,23 @@ std::size_t monarch_linear_backward_workspace_cuda(std::int64_t tokens, const Mo
 void monarch_linear_cuda(const Context& context, ConstMatrixView x, const MonarchWeights& w,
                          ConstVectorView bias, Activation activation, MatrixView y, void* hidden) {
   const Maps maps(w, x.rows, x.dtype);
+  const Sizes s(w);
+  const monarch::ForwardPlan plan =
+      monarch::forward_plan(s, x.rows, x.dtype, hidden != nullptr, device_facts());
   if (hidden == nullptr) hidden = context.workspace;
-  cuda::multiply(context, maps.hidden(x, hidden));
-  cuda::StridedProduct output = maps.output(hidden, y);
-  output.bias = bias.data, output.activation = activation;
-  cuda::multiply(context, output);
+  const cuda::StridedProduct first = maps.hidden(x, hidden);
+  cuda::StridedProduct second = maps.output(hidden, y);
+  second.bias = bias.data, second.activation = activation;
+  if (plan.fused) {
+    dispatch_dtype(x.dtype, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (sizeof(T) == 2)
+        monarch::fused<T>(context, plan.tile, first, second, monarch::run_of(s));
+    });
+    return;
+  }
+  cuda::multiply(context, first);
+  cuda::multiply(context, second);
 }
 
 void monarch_linear_backward_cuda(const Context& context, ConstMatrixView dy, ConstMatrixView x,

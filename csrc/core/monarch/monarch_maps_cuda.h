@@ -2,6 +2,8 @@
 // The six products of a Monarch matrix and its gradients, as strided products: the permutation
 // between the factors is in their maps.
 #pragma once
+#include <utility>
+
 #include "cuda/strided_product.h"
 #include "monarch/monarch_sizes.h"
 
@@ -15,7 +17,7 @@ class Maps {
   Maps(const MonarchWeights& w, std::int64_t tokens, DType dtype)
       : s_(w), tokens_(tokens), dtype_(dtype), w1_(w.w1), w2_(w.w2) {
     ragged_ = s_.interleaved_hidden && s_.Q % s_.J != 0;
-    R_ = s_.R;
+    R_ = s_.R;  // the only one of W1's rows where the form is ragged
     d1_[0] = R_ * s_.I, d1_[1] = s_.I;
     if (!s_.interleaved_hidden || ragged_) return;
     R_ = s_.Q / s_.J;

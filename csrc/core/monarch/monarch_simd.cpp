@@ -1,22 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tokens are the rows of every product and are taken in tiles whose hidden units h stay in the
-// cache. h is stored as the first factor makes it, (token, k, q), and the second reads it through a
-// table of offsets: nothing is permuted. The gradient of x goes the same way back.
+// cache. The first factor's results are put where the second reads them, (block, token, unit),
+// while they are in the level-1 cache; the gradient of x goes the same way back.
 #include "monarch/monarch_simd.h"
 
 #include "block_linear_simd.h"
-#include "monarch/monarch_sizes.h"
+#include "monarch/monarch_hidden_simd.h"
 #include "product_simd.h"
 
 namespace structmat {
 namespace {
-
-using monarch::Sizes;
-
-// One direction: h of input block k lies at k * step of a token's row.
-struct HiddenLayout {
-  std::int64_t step, row;
-};
 
 template <class T>
 struct Monarch {
@@ -28,18 +21,7 @@ struct Monarch {
   const MonarchWeights& weights;
   const Sizes s;
 
-  // Numbers from one block of hidden units to the next, and a token. An odd number of cache lines:
-  // column j of all blocks would else share few sets of the level-1 cache.
-  static std::int64_t block_step(std::int64_t units) {
-    const std::int64_t step = round_up(units, w);
-    return step / w % 2 == 0 && step > w ? step + w : step;
-  }
-  std::int64_t h_step() const { return block_step(s.Q); }
-  std::int64_t g_step() const { return block_step(s.S); }
-  std::int64_t h_row() const { return s.K * h_step() + w; }
-  std::int64_t g_row() const { return s.J * g_step() + w; }
-
-  // The factors as forward (w1, w2) and backward (t1, t2) multiply by them.
+  // The factors as forward (w1, w2) and backward (t2, t1) multiply by them.
   F w1() const { return {weights.w1.data, k_blocks(), i_axis(), q_axis()}; }
   F w2() const { return {weights.w2.data, j_blocks(), s_axis(), l_axis()}; }
   F t1() const { return {weights.w1.data, k_blocks(), q_axis(), i_axis()}; }
@@ -51,119 +33,118 @@ struct Monarch {
   Axis s_axis() const { return Axis::of(weights.w2, 2, 3); }
   Axis l_axis() const { return Axis::of(s.L, weights.w2.strides[1]); }
 
-  struct Tables {
-    Gather x, h, dy, dh;
-  };
-  // Where each product finds its inputs.
-  Tables tables(Scratch& memory) const {
-    const std::int64_t identity = std::max(s.I, s.J);
-    const bool shared = !s.interleaved_hidden;
-    std::int64_t* const to = memory.get<std::int64_t>(identity + s.L + (shared ? s.S : s.K * s.Q) +
-                                                      (shared ? s.Q : s.K * s.Q));
-    std::int64_t *const dy_table = to + identity, *const h_table = dy_table + s.L,
-                        *const g_table = h_table + (shared ? s.S : s.K * s.Q);
-    for (std::int64_t i = 0; i < identity; ++i) to[i] = i;
-    for (std::int64_t l = 0; l < s.L; ++l) dy_table[l] = s.interleaved_output ? l * s.J : l;
-    Tables t{{to, 0, 1, s.I, 0},
-             {h_table, 0, 1, s.R, 0},
-             {dy_table, 0, 1, s.interleaved_output ? 1 : s.L, 0},
-             {g_table, 0, 1, s.R, 0}};
-    if (shared) {  // unit (k, j, r) is r from the start of run j of block k, and of run k of block
-                   // j
-      for (std::int64_t u = 0; u < s.S; ++u) h_table[u] = u / s.R * h_step() + u % s.R;
-      for (std::int64_t q = 0; q < s.Q; ++q) g_table[q] = q / s.R * g_step() + q % s.R;
-    } else {
-      for (std::int64_t k = 0; k < s.K; ++k)
-        for (std::int64_t q = 0; q < s.Q; ++q) {
-          const auto [j, u] = s.place(k, q);
-          h_table[j * s.S + u] = k * h_step() + q;
-          g_table[k * s.Q + q] = j * g_step() + u;
-        }
-      t.h = {h_table, s.S, 1, 0, 0};
-      t.dh = {g_table, s.Q, 1, 0, 0};
-    }
-    return t;
+  Columns of_x() const { return {1, s.I, 0, 1}; }
+  Columns of_dy() const {
+    return s.interleaved_output ? Columns{s.J, 0, 1, s.J} : Columns{1, s.L, 0, 1};
   }
 
-  // Block b of rows [t0, t1) of x times a first factor, to the hidden units at `to`.
-  static void to_hidden(const F& f, const Gather& from, const S* x, std::int64_t ldx,
-                        std::int64_t rows, std::int64_t b, S* to, std::int64_t step,
-                        std::int64_t row) {
-    static thread_local Scratch memory;
-    multiply_block(f, f.get(b, memory), x + from.base(b), ldx, from.table(b), rows,
-                   static_cast<const S*>(nullptr), to + b * step, row, true);
+  // Hidden units of `tokens` tokens, of the blocks of y (h) or of x (dh).
+  Hidden<S> h_of(S* data, std::int64_t tokens) const { return {data, tokens * s.S, s.S}; }
+  Hidden<S> g_of(S* data, std::int64_t tokens) const { return {data, tokens * s.Q, s.Q}; }
+
+  // Blocks [b0, b1) of rows [t0, t1), which begin at x, times a first factor; token t0 is `first`
+  // of `to`.
+  template <bool kForward>
+  void to_hidden(const F& f, const S* x, std::int64_t ldx, const Columns& from, std::int64_t rows,
+                 std::int64_t b0, std::int64_t b1, const Hidden<S>& to, std::int64_t first) const {
+    static thread_local Scratch weights_memory, z_memory;
+    const auto ready = f.ready(b0, b1, weights_memory);
+    const std::int64_t step = round_up(f.width.size, w), ldz = (b1 - b0) * step;
+    S* const z = z_memory.get<S>(kBlockRows * ldz);
+    for_row_blocks(rows, [&](std::int64_t r0, int count) {
+      for (std::int64_t b = b0; b < b1; ++b)
+        multiply_rows(f, ready(b), Rows<S>{x + from.base(b) + r0 * ldx, ldx, from.step}, count,
+                      static_cast<const S*>(nullptr), z + (b - b0) * step, ldz, true);
+      for (int r = 0; r < count; ++r)
+        permute<S, kForward>(s, z + r * ldz, step, b0, b1, to, first + r0 + r);
+    });
   }
 
-  // y = out(second(first(x))) over all tokens, with hidden units laid out by step and row. The
-  // hidden units of rows [t0, t1) are shown to keep(t0, t1, h) once they are there.
-  template <class Keep>
-  void two_products(F first, F second, const Gather& from_x, const Gather& from_h,
-                    ConstMatrixView x, const Output<S, T>& out, std::int64_t step, std::int64_t row,
-                    Keep&& keep) const {
+  // Blocks at a time: as many as a vector has lanes where units of as many blocks become
+  // neighbours, else what fits half of the level-2 cache.
+  std::int64_t group(const F& f, std::int64_t tasks) const {
+    const std::int64_t most = std::clamp<std::int64_t>(f.block.size / tasks, 1, w);
+    if (s.R == 1) return most;
+    const std::int64_t fit = (std::int64_t{256} << 10) / sizeof(S) /
+                             std::max<std::int64_t>(f.packed_size, 1);
+    return std::clamp<std::int64_t>(fit, 1, most);
+  }
+
+  // y = out(second(first(x))) over all tokens. The hidden units are made at h (blocks of the second
+  // factor, tokens, units), if it is not null.
+  template <bool kForward>
+  void two_products(F first, F second, const Columns& from, ConstMatrixView x,
+                    const Output<S, T>& out, S* h) const {
     static thread_local Scratch first_memory, second_memory, h_memory, x_memory;
-    const std::int64_t tokens = x.rows, groups = out.groups(second.block.size),
-                       threads = thread_count(context);
+    const std::int64_t tokens = x.rows, blocks = second.block.size, units = second.depth.size,
+                       groups = out.groups(blocks), threads = thread_count(context);
+    const auto second_product = [&](const Hidden<S>& from_h, std::int64_t at, std::int64_t t0,
+                                    std::int64_t t1, std::int64_t index) {
+      out.compute(second, from_h.data + at * from_h.ld, from_h.ld, {1, from_h.block, 0, 1}, t0, t1,
+                  out.range(index, blocks));
+    };
     if (tokens < threads * kTokenTile / 2) {  // few: threads share the blocks
       const WideRows<S, T> rows(x, 0, tokens, x_memory);
-      S* const h = h_memory.get<S>(tokens * row);
-      parallel_parts(first.block.size, tokens * first.packed_size, [&](std::int64_t b) {
-        to_hidden(first, from_x, rows.data, rows.stride, tokens, b, h, step, row);
-      });
-      keep(std::int64_t{0}, tokens, h);
-      parallel_parts(groups, tokens * second.packed_size * out.group(), [&](std::int64_t group) {
-        out.compute(second, from_h, h, row, 0, tokens, group);
-      });
+      const Hidden<S> to{h != nullptr ? h : h_memory.get<S>(blocks * tokens * units),
+                         tokens * units, units};
+      const std::int64_t per = group(first, threads);
+      parallel_parts(ceil_div(first.block.size, per), tokens * first.packed_size * per,
+                     [&](std::int64_t part) {
+                       to_hidden<kForward>(first, rows.data, rows.stride, from, tokens, part * per,
+                                           std::min(first.block.size, (part + 1) * per), to, 0);
+                     });
+      parallel_parts(groups, tokens * second.packed_size * out.group(),
+                     [&](std::int64_t index) { second_product(to, 0, 0, tokens, index); });
       return;
     }
     first.pack(context, first_memory);
     second.pack(context, second_memory);
+    const std::int64_t per = group(first, 1);
     const TokenTiles tiles(tokens, threads);
     parallel_for(context, tiles.count, [&](std::int64_t tile) {
-      const std::int64_t t0 = tiles.first(tile), t1 = tiles.first(tile + 1);
+      const std::int64_t t0 = tiles.first(tile), t1 = tiles.first(tile + 1), count = t1 - t0;
       const WideRows<S, T> rows(x, t0, t1, x_memory);
-      S* const h = h_memory.get<S>((t1 - t0) * row);
-      for (std::int64_t b = 0; b < first.block.size; ++b)
-        to_hidden(first, from_x, rows.data, rows.stride, t1 - t0, b, h, step, row);
-      keep(t0, t1, h);
-      for (std::int64_t group = 0; group < groups; ++group)
-        out.compute(second, from_h, h, row, t0, t1, group);
+      const Hidden<S> to =
+          h != nullptr ? Hidden<S>{h, tokens * units, units}
+                       : Hidden<S>{h_memory.get<S>(blocks * count * units), count * units, units};
+      const std::int64_t at = h != nullptr ? t0 : 0;
+      for (std::int64_t b = 0; b < first.block.size; b += per)
+        to_hidden<kForward>(first, rows.data, rows.stride, from, count, b,
+                            std::min(first.block.size, b + per), to, at);
+      for (std::int64_t index = 0; index < groups; ++index)
+        second_product(to, at, t0, t1, index);
     });
   }
 
-  // body(b) for each block, several blocks a task: a task is worth its start from 100,000
+  // body(part) for each of `parts`, several a task: a task is worth its start from 100,000
   // multiplications on.
   template <class Body>
-  void parallel_parts(std::int64_t blocks, std::int64_t work, Body&& body) const {
+  void parallel_parts(std::int64_t parts, std::int64_t work, Body&& body) const {
     const std::int64_t per = std::max<std::int64_t>(100000 / std::max<std::int64_t>(work, 1), 1),
                        tasks =
-                           std::min<std::int64_t>(ceil_div(blocks, per), 4 * thread_count(context));
+                           std::min<std::int64_t>(ceil_div(parts, per), 4 * thread_count(context));
     parallel_for(context, tasks, [&](std::int64_t task) {
-      for (std::int64_t b = blocks * task / tasks; b < blocks * (task + 1) / tasks; ++b) body(b);
+      for (std::int64_t b = parts * task / tasks; b < parts * (task + 1) / tasks; ++b) body(b);
     });
   }
 
   void forward(ConstMatrixView x, const T* bias, Activation activation, MatrixView y,
                T* hidden) const {
-    static thread_local Scratch table_memory, bias_memory;
-    const Tables from = tables(table_memory);
+    static thread_local Scratch bias_memory, hidden_memory;
     Output<S, T> out{y, s.L, s.interleaved_output ? s.J : 1};
     out.activation = activation;
     out.set_bias(bias, s.J, bias_memory);
-    two_products(w1(), w2(), from.x, from.h, x, out, h_step(), h_row(),
-                 [&](std::int64_t t0, std::int64_t t1, const S* h) {
-                   if (hidden != nullptr) keep_hidden(from.h, x.rows, t0, t1, h, hidden);
-                 });
-  }
-
-  void keep_hidden(const Gather& from, std::int64_t tokens, std::int64_t t0, std::int64_t t1,
-                   const S* h, T* hidden) const {
-    for (std::int64_t j = 0; j < s.J; ++j)
-      for (std::int64_t t = t0; t < t1; ++t) {
-        const S* const line = h + (t - t0) * h_row() + from.base(j);
-        const std::int64_t* const table = from.table(j);
-        T* const to = hidden + (j * tokens + t) * s.S;
-        for (std::int64_t u = 0; u < s.S; ++u) convert(line + table[u], to + u, 1);
-      }
+    const std::int64_t rows = s.J * x.rows;
+    S* h = nullptr;
+    if constexpr (std::is_same_v<S, T>)
+      h = hidden;
+    else if (hidden != nullptr)
+      h = hidden_memory.get<S>(rows * s.S);
+    two_products<true>(w1(), w2(), of_x(), x, out, h);
+    if (!std::is_same_v<S, T> && hidden != nullptr)
+      parallel_for(context, s.J, [&](std::int64_t j) {
+        convert(h + j * x.rows * s.S, hidden + j * x.rows * s.S, x.rows * s.S);
+      });
   }
 
   void backward(ConstMatrixView dy, ConstMatrixView x, const T* hidden,
@@ -180,15 +161,14 @@ inline std::int64_t gradient_tokens(std::int64_t hidden) {
 template <class T>
 void Monarch<T>::backward(ConstMatrixView dy, ConstMatrixView x, const T* hidden,
                           const MonarchGradients& grads) const {
-  static thread_local Scratch table_memory, t1_memory, t2_memory, w1_memory, h_memory, g_memory,
-      total1_memory, total2_memory, bias_memory, token_memory;
+  static thread_local Scratch t1_memory, t2_memory, w1_memory, h_memory, g_memory, total1_memory,
+      total2_memory, bias_memory;
   static thread_local Scratch rows_memory, copy_memory, wide_memory, line_memory;
   const bool want_w1 = grads.w1 != nullptr, want_w2 = grads.w2 != nullptr,
              want_x = grads.x.data != nullptr, want_bias = grads.bias.data != nullptr;
-  const Tables from = tables(table_memory);
-  Output<S, T> out{grads.x, s.I, 1};
+  const Output<S, T> out{grads.x, s.I, 1};
   if (want_x && !want_w1 && !want_w2 && !want_bias)
-    return two_products(t2(), t1(), from.dy, from.dh, dy, out, g_step(), g_row(), [](auto...) {});
+    return two_products<false>(t2(), t1(), of_dy(), dy, out, nullptr);
 
   const bool want_g = want_x || want_w1, make_h = want_w2 && hidden == nullptr;
   F a1 = t1(), a2 = t2(), b1 = w1();
@@ -198,17 +178,12 @@ void Monarch<T>::backward(ConstMatrixView dy, ConstMatrixView x, const T* hidden
   const std::int64_t tokens = dy.rows,
                      chunk = std::clamp<std::int64_t>(tokens, 1, gradient_tokens(s.hidden())),
                      i_cols = round_up(s.I, w), l_cols = round_up(s.L, w);
-  S* const g = want_g ? g_memory.get<S>(chunk * g_row()) : nullptr;
-  S* const h = make_h ? h_memory.get<S>(chunk * h_row()) : nullptr;
+  const Hidden<S> g = g_of(want_g ? g_memory.get<S>(chunk * s.hidden()) : nullptr, chunk);
+  const Hidden<S> h = h_of(make_h ? h_memory.get<S>(chunk * s.hidden()) : nullptr, chunk);
   S* const total1 = want_w1 ? total1_memory.get<S>(s.K * s.Q * i_cols) : nullptr;
   S* const total2 = want_w2 ? total2_memory.get<S>(s.J * s.S * l_cols) : nullptr;
   S* const total_bias = want_bias ? bias_memory.get<S>(s.J * l_cols) : nullptr;
-  std::int64_t* const offset = token_memory.get<std::int64_t>(3 * chunk);
-  for (std::int64_t t = 0; t < chunk; ++t) {
-    offset[t] = t * g_row();
-    offset[chunk + t] = t * h_row();
-    offset[2 * chunk + t] = t * s.S;
-  }
+  const std::int64_t g_group = group(a2, 1), h_group = group(b1, 1);
 
   for (std::int64_t c0 = 0; c0 < tokens || c0 == 0; c0 += chunk) {
     const std::int64_t c1 = std::min(c0 + chunk, tokens), count = c1 - c0;
@@ -218,18 +193,19 @@ void Monarch<T>::backward(ConstMatrixView dy, ConstMatrixView x, const T* hidden
       parallel_for(context, tiles.count, [&](std::int64_t tile) {
         const std::int64_t t0 = tiles.first(tile), t1 = tiles.first(tile + 1), rows = t1 - t0;
         if (want_g) {
-          const WideRows<S, T> from_dy(dy, c0 + t0, c0 + t1, rows_memory);
-          S* const to = g + t0 * g_row();
-          for (std::int64_t j = 0; j < s.J; ++j)
-            to_hidden(a2, from.dy, from_dy.data, from_dy.stride, rows, j, to, g_step(), g_row());
+          const WideRows<S, T> from(dy, c0 + t0, c0 + t1, rows_memory);
+          for (std::int64_t j = 0; j < s.J; j += g_group)
+            to_hidden<false>(a2, from.data, from.stride, of_dy(), rows, j,
+                             std::min(s.J, j + g_group), g, t0);
           for (std::int64_t k = 0; want_x && k < s.K; ++k)
-            out.compute(a1, from.dh, to, g_row(), c0 + t0, c0 + t1, k);
+            out.compute(a1, g.data + t0 * g.ld, g.ld, {1, g.block, 0, 1}, c0 + t0, c0 + t1,
+                        out.range(k, s.K));
         }
         if (make_h) {
-          const WideRows<S, T> from_x(x, c0 + t0, c0 + t1, rows_memory);
-          for (std::int64_t k = 0; k < s.K; ++k)
-            to_hidden(b1, from.x, from_x.data, from_x.stride, rows, k, h + t0 * h_row(), h_step(),
-                      h_row());
+          const WideRows<S, T> from(x, c0 + t0, c0 + t1, rows_memory);
+          for (std::int64_t k = 0; k < s.K; k += h_group)
+            to_hidden<true>(b1, from.data, from.stride, of_x(), rows, k,
+                            std::min(s.K, k + h_group), h, t0);
         }
       });
     if (want_w1)
@@ -237,10 +213,7 @@ void Monarch<T>::backward(ConstMatrixView dy, ConstMatrixView x, const T* hidden
         S* const block = copy_memory.get<S>(count * i_cols);
         copy_columns<S, T>(x, c0, c1, k * s.I, 1, s.I, block);
         S* const total = total1 + k * s.Q * i_cols;
-        const std::int64_t* const table = from.dh.table(k);
-        weight_gradient(
-            count, s.Q, s.I, g + from.dh.base(k), [&](std::int64_t q) { return table[q]; }, offset,
-            block, i_cols, total, first);
+        weight_gradient(count, s.Q, s.I, g.data + k * g.block, g.ld, block, i_cols, total, first);
         if (last)
           for (std::int64_t q = 0; q < s.Q; ++q)
             convert(total + q * i_cols, static_cast<T*>(grads.w1) + (k * s.Q + q) * s.I, s.I);
@@ -248,7 +221,7 @@ void Monarch<T>::backward(ConstMatrixView dy, ConstMatrixView x, const T* hidden
     if (want_w2 || want_bias)
       parallel_for(context, s.J, [&](std::int64_t j) {
         S* const block = copy_memory.get<S>(count * l_cols);
-        copy_columns<S, T>(dy, c0, c1, from.dy.base(j), s.interleaved_output ? s.J : 1, s.L, block);
+        copy_columns<S, T>(dy, c0, c1, of_dy().base(j), of_dy().step, s.L, block);
         if (want_bias) {
           S* const sums = total_bias + j * l_cols;
           add_columns(block, count, l_cols, sums, first);
@@ -257,30 +230,22 @@ void Monarch<T>::backward(ConstMatrixView dy, ConstMatrixView x, const T* hidden
         }
         if (!want_w2) return;
         S* const total = total2 + j * s.S * l_cols;
-        if (make_h) {
-          const std::int64_t* const table = from.h.table(j);
-          weight_gradient(
-              count, s.S, s.L, h + from.h.base(j), [&](std::int64_t u) { return table[u]; },
-              offset + chunk, block, l_cols, total, first);
-        } else {
+        const S* from = h.data + j * h.block;
+        if (!make_h) {
           const T* const given = hidden + (j * tokens + c0) * s.S;
-          const S* wide;
           if constexpr (std::is_same_v<S, T>) {
-            wide = given;
+            from = given;
           } else {
-            S* const to = wide_memory.get<S>(count * s.S);
-            convert(given, to, count * s.S);
-            wide = to;
+            S* const wide = wide_memory.get<S>(count * s.S);
+            convert(given, wide, count * s.S);
+            from = wide;
           }
-          weight_gradient(
-              count, s.S, s.L, wide, [](std::int64_t u) { return u; }, offset + 2 * chunk, block,
-              l_cols, total, first);
         }
+        weight_gradient(count, s.S, s.L, from, s.S, block, l_cols, total, first);
         if (last) {
-          T* const to = static_cast<T*>(grads.w2) + j * s.L * s.S;
           S* const room = line_memory.get<S>(round_up(s.S, w) * l_cols);
           std::copy_n(total, s.S * l_cols, room);
-          store_transposed(room, l_cols, s.S, s.L, to, s.S);
+          store_transposed(room, l_cols, s.S, s.L, static_cast<T*>(grads.w2) + j * s.L * s.S, s.S);
         }
       });
   }
@@ -294,8 +259,8 @@ void monarch_forward(const Context& context, ConstMatrixView x, const MonarchWei
                      ConstVectorView bias, Activation activation, MatrixView y, void* hidden) {
   dispatch_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
-    Monarch<T>{context, weights, Sizes(weights)}.forward(x, static_cast<const T*>(bias.data),
-                                                         activation, y, static_cast<T*>(hidden));
+    Monarch<T>{context, weights, Sizes(weights)}.forward(
+        x, static_cast<const T*>(bias.data), activation, y, static_cast<T*>(hidden));
   });
 }
 

@@ -101,6 +101,27 @@ class OrthCpu {
     STRUCTMAT_SIMD_CALL(sweep_transposed, context_, sweep, b, Panel<T>{out, a.cols, b.cols, ld});
   }
 
+  // The upper triangle, by columns gram_stride(y.cols) apart, of y^T y; of y - before c where there
+  // is a `before`, which takes y's place.
+  double* gram(Panel<T> y, Panel<T> before = {}) {
+    const std::int64_t stride = gram_stride(y.cols);
+    sum_over_rows<double>(y.rows, stride, stride, gram_.get(),
+                          [&](std::int64_t first, std::int64_t last, double* out) {
+                            std::fill_n(out, stride * stride, 0.0);
+                            for (std::int64_t r = first; r < last; r += kTile) {
+                              const std::int64_t count = std::min(kTile, last - r);
+                              T* tile = y.data + r * y.stride;
+                              if (before.cols > 0)
+                                blas::gemm('N', 'N', to_int(y.cols), to_int(count),
+                                           to_int(before.cols), T{-1}, c_.get(), to_int(y.cols),
+                                           before.data + r * before.stride, to_int(before.stride),
+                                           T{1}, tile, to_int(y.stride));
+                              add_gram(tile, y.stride, count, y.cols, out);
+                            }
+                          });
+    return gram_.get();
+  }
+
  private:
   static int to_int(std::int64_t size) { return static_cast<int>(size); }
   static T power_of_two_inverse(T x) {  // finite for subnormal x too
@@ -142,24 +163,6 @@ class OrthCpu {
           y.data[r * y.stride + j] = from.data[r * from.stride + j] * scale[j];
     });
     return true;
-  }
-  // y^T y, where there is a `before` of y - before c, which takes y's place.
-  void gram(Panel<T> y, Panel<T> before) {
-    const std::int64_t stride = gram_stride(y.cols);
-    sum_over_rows<double>(y.rows, stride, stride, gram_.get(),
-                          [&](std::int64_t first, std::int64_t last, double* out) {
-                            std::fill_n(out, stride * stride, 0.0);
-                            for (std::int64_t r = first; r < last; r += kTile) {
-                              const std::int64_t count = std::min(kTile, last - r);
-                              T* tile = y.data + r * y.stride;
-                              if (before.cols > 0)
-                                blas::gemm('N', 'N', to_int(y.cols), to_int(count),
-                                           to_int(before.cols), T{-1}, c_.get(), to_int(y.cols),
-                                           before.data + r * before.stride, to_int(before.stride),
-                                           T{1}, tile, to_int(y.stride));
-                              add_gram(tile, y.stride, count, y.cols, out);
-                            }
-                          });
   }
   // Whether no column lost most of its norm with the projection: then one projection suffices
   // (Daniel, Gragg, Kaufman, Stewart, Math. Comp. 30 (1976)).

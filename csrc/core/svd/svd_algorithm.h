@@ -3,7 +3,8 @@
 //   X_1 random, after sweeps - 2 blocks steps of subspace iteration by B and B^T;
 //   Q_j = orth(B X_j),  T_j = B^T Q_j,  X_{j+1} = T_j less its part in X_j;
 //   the last B X_j comes with B G for random G, which tells ||(I - Q Q^T) B||;
-//   T = [T_1 ..] = X R with X = orth(T),  R = P S W^T,  B ~ (Q W) S (X P)^T.
+//   T = [T_1 ..] = X R with X = orth(T),  R = P S W^T,  B ~ (Q W) S (X P)^T;
+//   or, where S falls little, T^T T = W S^2 W^T,  B ~ (Q W) S (T W / S)^T.
 // Halko, Martinsson, Tropp, SIAM Review 53 (2011), 4.5; Musco and Musco, NIPS 2015 (block Krylov).
 //
 // An Engine holds the buffers and enqueues the operations. No step depends on a result the host
@@ -48,14 +49,17 @@ class SvdAlgorithm {
       orthonormalize(qj, q.columns(0, j * b), kOrthPasses);
       e.multiply_transposed(qj, t.columns(j * b, own));
     }
-    e.copy(t, x);
-    orthonormalize(x, {}, kOrthPasses);
-    e.small_svd(x, t, plan.rank);  // R = X^T T = P S W^T
-    // Jacobi's iteration divides by singular values, which leaves out the vectors of zeros.
-    for (const Panel<T>& y : e.rough_vectors()) orthonormalize(y, {}, kOrthPasses);
+    const bool by_gram = e.svd_by_gram(t);
+    if (!by_gram) {
+      e.copy(t, x);
+      orthonormalize(x, {}, kOrthPasses);
+      e.small_svd(x, t, plan.rank);  // R = X^T T = P S W^T
+      // Jacobi's iteration divides by singular values, which leaves out the vectors of zeros.
+      for (const Panel<T>& y : e.rough_vectors()) orthonormalize(y, {}, kOrthPasses);
+    }
     if (plan.probes > 0 && e.asks_outside())
       e.measure_outside(q.columns(plan.basis(), plan.probes), q);
-    e.factors(q, x);  // U, S, Vh and info
+    e.factors(q, by_gram ? t : x);  // U, S, Vh and info
   }
 
  private:

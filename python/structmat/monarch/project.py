@@ -83,7 +83,6 @@ def project(
             shape or device of inputs is none of the above; inputs is not symmetric, or a diagonal
             block of it has negative eigenvalues.
         torch.linalg.LinAlgError: NaN or Inf in W or in inputs.
-        RuntimeError: on CUDA, blocks whose shorter side exceeds what fits into shared memory.
 
     Cost: with b the shorter and c the longer side of a block, ``K J (c b^2 + 4/3 b^3)`` FLOPs in
     float64 for small R, up to ``K J (c b^2 + 9 b^3)`` for R near b, and one read of W through its
