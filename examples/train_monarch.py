@@ -23,6 +23,7 @@ import sys
 import sysconfig
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -137,25 +138,17 @@ def monarch_layer(blocks: int | None) -> Layer:
 def parameter_groups(model: Transformer, lr: float) -> list[dict[str, Any]]:
     """Learning rates by muP: those of matrices go down with their fan-in. ``lr`` is that of a dense
     layer of 128 inputs; see MonarchLinear.reset_parameters for those of its factors."""
-    fan_in: dict[nn.Parameter, int] = {}
+    of_fan_in: dict[int, list[nn.Parameter]] = defaultdict(list)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            fan_in[module.weight] = module.in_features
+            of_fan_in[module.in_features].append(module.weight)
         elif isinstance(module, sm.nn.MonarchLinear):
-            fan_in[module.W1] = 2 * module.W1.shape[3]
-            fan_in[module.W2] = 2 * module.n_blocks * module.rank
-    groups = [{"params": [p], "lr": lr * 128 / n} for p, n in fan_in.items()]
-    others = [p for p in model.parameters() if p not in fan_in]
+            of_fan_in[2 * module.W1.shape[3]].append(module.W1)
+            of_fan_in[2 * module.n_blocks * module.rank].append(module.W2)
+    matrices = {parameter for group in of_fan_in.values() for parameter in group}
+    others = [p for p in model.parameters() if p not in matrices]
+    groups = [{"params": group, "lr": lr * 128 / n} for n, group in of_fan_in.items()]
     return [*groups, {"params": others, "lr": lr, "weight_decay": 0.0}]
-
-
-def widest(fits: Callable[[Transformer], bool], make: Callable[[int], Transformer], of: int) -> int:
-    """The largest width, a multiple of ``of``, of a model that fits."""
-    width = of
-    with torch.device("meta"):
-        while fits(make(width + of)):
-            width += of
-    return width
 
 
 # ---- training -----------------------------------------------------------------------------
@@ -240,8 +233,9 @@ def contenders(plan: Plan, blocks: int | None) -> list[Contender]:
 
     with torch.device("meta"):
         flops, parameters = dense().flops(), dense().parameter_count()
-    by_flops = widest(lambda model: model.flops() <= flops, monarch, 32)
-    by_size = widest(lambda model: model.parameter_count() <= parameters, monarch, 32)
+        wide = [monarch(width) for width in range(plan.width, 6 * plan.width, HEAD)]
+    by_flops = max(model.width for model in wide if model.flops() <= flops)
+    by_size = max(model.width for model in wide if model.parameter_count() <= parameters)
     return [
         Contender("dense", dense),
         Contender("Monarch, same width", lambda: monarch(plan.width)),
@@ -346,7 +340,7 @@ def main(
     """Trains dense and Monarch language models and compares them."""
     given = {"steps": steps, "width": width, "lr": lr}
     plan = replace(LARGE if large else Plan(), **{k: v for k, v in given.items() if v is not None})
-    plan = replace(plan, evaluations=min(plan.evaluations, plan.steps))
+    plan = replace(plan, evaluations=min(plan.evaluations, -(-plan.steps // 10)))
     runners = contenders(plan, blocks)
     train(plan, runners, seeds, device)
     rich.print(table(runners))

@@ -118,9 +118,10 @@ def test_blocks_are_as_equal_as_can_be(size: int, count: int) -> None:
         (3072, 768, 12),
         (4096, 4096, 64),
         (8192, 8192, 64),  # blocks of 128: 128 blocks would be more weights than 90
-        (4096, 11008, 16),  # of 256 and 688
+        (4096, 11008, 32),  # of 128 and 344
         (1000, 1000, 25),  # of 40
         (768, 50257, 12),  # 50257 has no divisor to use
+        (256, 256, 8),  # of 32: 4 blocks of 64 would be half of the weights
         (128, 128, 4),
         (10, 10, 3),  # too small for four
         (512, 2, 1),

@@ -26,9 +26,9 @@ class MonarchLinear(nn.Module):
         in_features: ``n``.
         out_features: ``m``.
         n_blocks: ``N``, from 1 to ``min(m, n)``. By default chosen for speed: of the counts from a
-            quarter of ``sqrt(min(m, n))``, but 4 at least, to that root, beyond which more blocks
-            are more weights again, those whose blocks ``I`` and ``L`` are multiples of 64; the
-            largest of them, which has the fewest weights. Where there is none, multiples of 32, 16
+            third of ``sqrt(min(m, n))``, but 4 at least, to that root, beyond which more blocks are
+            more weights again, those whose blocks ``I`` and ``L`` are multiples of 64; the largest
+            of them, which has the fewest weights. Where there is none, multiples of 32, 16
             and 8 are tried, then any count that divides both sizes, and then blocks of 64 or a
             little more on the smaller side are taken. 768 features make 12 blocks, 1,024 make 16,
             4,096 make 64.
@@ -175,8 +175,9 @@ class MonarchLinear(nn.Module):
             linear: the dense layer, left as it is.
             n_blocks, rank: as those of the constructor.
             inputs: ``(..., n)``, samples of what the layer is fed. The output error
-                ``||X W^T - X W'^T||_F`` on them is then made small; without them ``||W - W'||_F``
-                is the least possible. See :func:`structmat.monarch.project`.
+                ``||X W^T - X W'^T||_F`` on them is then brought to a stationary point, below that
+                of the layer found without them, for which ``||W - W'||_F`` is the least possible.
+                See :func:`structmat.monarch.project`.
 
         Raises:
             ValueError: bad ``n_blocks`` or ``rank``, no rows in ``inputs``, wrong width, NaN or
@@ -187,8 +188,11 @@ class MonarchLinear(nn.Module):
         m, n = W.shape
         layer = cls(n, m, n_blocks, rank=rank, bias=False, device="meta")
         N, ins, outs = layer.n_blocks, layer._inputs, layer._outputs
-        rows = None if inputs is None else ins.pad(finite_rows(op, linear, inputs))
-        W1, W2 = monarch.project(outs.pad(ins.pad(W).T).T, N, N, layer.rank, inputs=rows)
+        moments = None
+        if inputs is not None:
+            rows = ins.pad(finite_rows(op, linear, inputs))
+            moments = rows.T @ rows
+        W1, W2 = monarch.project(outs.pad(ins.pad(W).T).T, N, N, layer.rank, inputs=moments)
         layer.W1 = nn.Parameter(W1.to(W, copy=True).contiguous())
         layer.W2 = nn.Parameter(W2.to(W, copy=True).contiguous())
         layer._clear_padding()
@@ -215,7 +219,7 @@ def _default_blocks(n: int, m: int) -> int:
     by memory up to about 200: smaller blocks would cost weights and gain no time.
     """
     most = math.isqrt(min(n, m))
-    least = max(min(4, most), most // 4)
+    least = max(min(4, most), most // 3)
     for multiple in (64, 32, 16, 8, 1):
         for count in range(most, least - 1, -1):
             if n % (count * multiple) == 0 and m % (count * multiple) == 0:
