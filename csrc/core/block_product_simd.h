@@ -112,7 +112,7 @@ struct BlockPanels {
 };
 
 // For as many rows weights that lie along the sums are not packed.
-constexpr std::int64_t kFewRows = 8;
+constexpr std::int64_t kFewRows = 6;
 
 // A factor: blocks of `depth` times `width` weights, number (p, o) of block b at
 // data[block.at(b) + depth.at(p) + width.at(o)].
