@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Factors of small blocks, as those of a butterfly: tokens lie in the lanes of vectors, and x and y
-// are transposed square by square in the level-1 cache. The time is that of some 30 GB/s a core,
-// whatever d. For files under structmat_simd_sources (everything is in an anonymous namespace).
+// are transposed square by square in the level-1 cache. For b = c = 2 and 4096 columns 2 to 8 times
+// as fast as einsum. For files under structmat_simd_sources (everything is in an anonymous
+// namespace).
 #pragma once
 #include "block_linear_simd.h"
 
