@@ -231,9 +231,10 @@ def contenders(plan: Plan, blocks: int | None) -> list[Contender]:
     def monarch(width: int) -> Transformer:
         return Transformer(width, plan.depth, plan.context, monarch_layer(blocks))
 
+    step = max(HEAD, plan.width // 4 // HEAD * HEAD)
     with torch.device("meta"):
         flops, parameters = dense().flops(), dense().parameter_count()
-        wide = [monarch(width) for width in range(plan.width, 6 * plan.width, HEAD)]
+        wide = [monarch(width) for width in range(plan.width, 6 * plan.width, step)]
     by_flops = max(model.width for model in wide if model.flops() <= flops)
     by_size = max(model.width for model in wide if model.parameter_count() <= parameters)
     return [
