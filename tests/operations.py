@@ -40,6 +40,22 @@ def low_rank(name: str, tokens: int, m: int, n: int, r: int) -> Operation:
     return Operation(name, ((tokens, n), (m, r), (r, n), (m,)), sm.ops.low_rank_linear)
 
 
+def monarch(name: str, tokens: int, *sizes: int) -> Operation:
+    K, J, R, I, L = sizes
+    shapes = ((tokens, K * I), (K, J, R, I), (J, L, K, R), (J * L,))
+    return Operation(name, shapes, fused_and_not)
+
+
+def fused_and_not(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        fused = sm.ops.monarch_linear(x, *weights, activation="gelu", output="interleaved")
+    return sm.ops.monarch_linear(x, *weights), fused
+
+
+def chain(x: torch.Tensor, bias: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+    return sm.ops.kronecker_sparse_linear(x, factors, bias)
+
+
 def gaussian(like: torch.Tensor) -> torch.Tensor:
     return torch.ops.structmat.gaussian(like, 37, 129, 3, 1)
 
@@ -112,7 +128,16 @@ OPERATIONS = [
     low_rank("low_rank_linear", 67, 96, 80, 24),
     low_rank("low_rank_linear, odd sizes", 33, 41, 57, 13),
     low_rank("low_rank_linear, one token", 1, 96, 80, 24),
+    monarch("monarch_linear", 33, 2, 3, 8, 32, 16),
+    monarch("monarch_linear, odd sizes", 37, 3, 2, 5, 7, 9),
+    monarch("monarch_linear, one token", 1, 3, 2, 8, 16, 24),
     Operation("block_svd", ((13, 45),), block_svd, False),
+    Operation("block_diagonal_linear", ((37, 33), (3, 7, 11)), sm.ops.block_diagonal_linear),
+    Operation(
+        "kronecker_sparse_linear",
+        ((37, 20), (12,), (4, 6, 5, 1), (1, 2, 3, 8), (2, 3, 4, 2)),
+        chain,
+    ),
     Operation("gram_matmul", ((67, 45), (45, 5)), sm.linalg.gram_matmul),
     Operation("gram_matmul_moments", ((67, 45), (45, 5)), gram_moments),
     Operation("orthonormalize", ((41, 7),), orthonormalize, False, WIDE),

@@ -23,7 +23,7 @@ from structmat.demo import measure, report, run  # noqa: E402
 pytestmark = pytest.mark.xdist_group("demo")  # it is run once
 PLAN = run.Plan(
     keeps=(0.7, 0.4),
-    methods=("svd", "fisher", "whitened", "global"),
+    methods=("svd", "fisher", "monarch", "whitened", "global"),
     pairs=100,
     evaluation_pairs=16,
     calibration_pairs=64,
@@ -49,7 +49,7 @@ def demo() -> run.Demo:
 
 def test_every_method_at_every_size(demo: run.Demo) -> None:
     found = [(r.method, r.keep) for r in demo.results]
-    assert found == [(method, keep) for method in PLAN.methods for keep in PLAN.keeps]
+    assert found == [(method, keep) for method in PLAN.methods for keep in PLAN.sizes(method)]
 
 
 def test_numbers_are_consistent(demo: run.Demo) -> None:
@@ -73,16 +73,18 @@ def test_looking_at_activations_pays(demo: run.Demo) -> None:
         plain = demo.result("svd", keep).cosine_mean
         assert demo.result("whitened", keep).cosine_mean > plain + 0.2
         assert demo.result("global", keep).cosine_mean > plain + 0.1
-    for method in PLAN.methods:
+    assert demo.result("monarch", 0.4).cosine_mean > demo.result("svd", 0.4).cosine_mean + 0.1
+    for method in ("svd", "fisher", "whitened", "global"):
         assert demo.result(method, 0.7).cosine_mean > demo.result(method, 0.4).cosine_mean
 
 
 def test_smaller_sizes_are_taken_from_one_file(demo: run.Demo) -> None:
     """Uniform one-shot methods are compressed once; the best one at every size."""
     for r in demo.results:
-        fresh = r.keep == PLAN.keeps[0] or r.method == "global"
+        fresh = r.keep == PLAN.keeps[0] or r.method in ("global", "monarch")
         assert (r.layers is not None) == (r.compress_seconds is not None) == fresh
-    uniform = {r.parameters for r in demo.results if r.method != "global" and r.keep == 0.4}
+    nested = [r for r in demo.results if r.method not in ("global", "monarch")]
+    uniform = {r.parameters for r in nested if r.keep == 0.4}
     assert len(uniform) == 1
 
 

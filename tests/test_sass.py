@@ -19,6 +19,9 @@ ARCHITECTURES = ("sm_80", "sm_90a")
 # What must appear (regular expressions) in every kernel whose name contains the key.
 EXPECTED = {
     "decode_kernel": (r"LDG\.E[.\w]*\.128",),  # weights in 16-byte loads
+    "mma_product_kernel": (r"HMMA\.16816", r"LDSM"),  # tensor cores
+    "fused_kernel": (r"HMMA\.16816", r"LDS[.\w]*\.128"),
+    "simt_product_kernel": (r"LDGSTS",),  # asynchronous copies
 }
 
 

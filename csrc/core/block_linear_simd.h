@@ -17,13 +17,13 @@ inline std::int64_t round_up(std::int64_t a, std::int64_t b) {
   return ceil_div(a, b) * b;
 }
 
-// Tokens [t0, t1) of tile `tile`: `tokens` are cut into nearly equal tiles.
+// `tokens` in nearly equal tiles, as many for each thread.
 struct TokenTiles {
   std::int64_t tokens, count;
   TokenTiles(std::int64_t tokens, std::int64_t threads)
       : tokens(tokens),
-        count(std::max(ceil_div(tokens, kTokenTile),
-                       std::min(threads, ceil_div(tokens, kBlockRows)))) {}
+        count(std::min(round_up(ceil_div(tokens, kTokenTile), threads),
+                       ceil_div(tokens, kBlockRows))) {}
   std::int64_t first(std::int64_t tile) const { return tokens * tile / count; }
 };
 
@@ -55,6 +55,15 @@ struct WideRows {
   }
 };
 
+// Blocks side by side to be multiplied row by row of x, so that x is read and y written along its
+// rows: 0.8 of the time of block by block. Their weights stay in the level-2 cache.
+template <class F>
+std::int64_t neighbours_of(const F& f) {
+  constexpr std::int64_t kBytes = 256 << 10;
+  return std::clamp<std::int64_t>(
+      kBytes / f.number_bytes / std::max<std::int64_t>(f.packed_size, 1), 1, 64);
+}
+
 // A result of whole factors: block b's output o is column b * width + o, or, with `inner` > 1,
 // (b / inner * width + o) * inner + b % inner.
 template <class S, class T>
@@ -63,7 +72,7 @@ struct Output {
   std::int64_t width, inner;
   const S* bias = nullptr;  // (blocks, width rounded up to whole vectors)
   Activation activation = Activation::none;
-  std::int64_t neighbours = 1;  // blocks side by side that are computed together
+  std::int64_t neighbours = 1;  // blocks side by side that are computed together: see neighbours_of
 
   std::int64_t bias_step() const { return round_up(width, kLanes<S>); }
 
@@ -104,17 +113,19 @@ struct Output {
                std::int64_t t1, Range blocks) const {
     static thread_local Scratch weights_memory, z_memory;
     const auto [b0, b1] = blocks;
-    const auto weights = f.ready(b0, b1, weights_memory);
+    const auto weights = f.ready(b0, b1, from.step == 1 ? t1 - t0 : kFewRows + 1, weights_memory);
     const std::int64_t step = bias_step(), ldz = (b1 - b0) * step;
     const bool direct = std::is_same_v<S, T> && inner == 1;
     S* const z = direct ? nullptr : z_memory.get<S>(kBlockRows * ldz);
     for_row_blocks(t1 - t0, [&](std::int64_t r0, int rows) {
       const std::int64_t t = t0 + r0;
       for (std::int64_t b = b0; b < b1; ++b) {
-        S* const to = direct ? reinterpret_cast<S*>(row_of<T>(y, t)) + b * width : z + (b - b0) * step;
-        multiply_rows(f, weights(b), Rows<S>{a + from.base(b) + r0 * lda, lda, from.step}, rows,
-                      bias != nullptr ? bias + b * step : nullptr, to, direct ? y.row_stride : ldz,
-                      !direct);
+        S* const to =
+            direct ? reinterpret_cast<S*>(row_of<T>(y, t)) + b * width : z + (b - b0) * step;
+        const Rows<S> block{a + from.base(b) + r0 * lda, lda, from.step};
+        if (t + rows < t1) fetch_ahead(block, rows, f.depth.size);
+        multiply_rows<S, T>(weights, b, block, rows, bias != nullptr ? bias + b * step : nullptr,
+                            to, direct ? y.row_stride : ldz, !direct);
       }
       for (int r = 0; r < rows; ++r) {
         if (direct) {
@@ -151,37 +162,9 @@ struct Output {
   }
 };
 
-// The gradient of one block's weights (rows, width): sums over tokens of a[t * lda + row] times
-// x[t * ldx + o], added to `total` (rows, ld), or begun there. x and total have whole vectors.
-template <class S>
-void weight_gradient(std::int64_t tokens, std::int64_t rows, std::int64_t width, const S* a,
-                     std::int64_t lda, const S* x, std::int64_t ldx, S* total, bool begin) {
-  const std::int64_t panel = panel_width<S>(width), ld = round_up(width, kLanes<S>);
-  for (std::int64_t o = 0; o < width; o += panel) {
-    const int vecs = static_cast<int>(ceil_div(std::min(panel, width - o), kLanes<S>));
-    for_row_blocks(rows, [&](std::int64_t r0, int count) {
-      S* const to = total + r0 * ld + o;
-      block_kernel_for<S>(count, vecs)(tokens, Rows<S>{a + r0, 1, lda}, x + o, ldx,
-                                       begin ? nullptr : to, ld, to, ld);
-    });
-  }
-}
-
-// Columns first + o * step, o < width, of rows [t0, t1) of x: (tokens, width rounded up), zeros
-// beyond `width`.
-template <class S, class T>
-void copy_columns(const ConstMatrixView& x, std::int64_t t0, std::int64_t t1, std::int64_t first,
-                  std::int64_t step, std::int64_t width, S* to) {
-  const std::int64_t ld = round_up(width, kLanes<S>);
-  for (std::int64_t t = t0; t < t1; ++t, to += ld) {
-    const T* const from = row_of<T>(x, t) + first;
-    if (step == 1)
-      convert(from, to, width);
-    else
-      for (std::int64_t o = 0; o < width; ++o) convert(from + o * step, to + o, 1);
-    std::fill(to + width, to + ld, S{0});
-  }
-}
+// Tokens of one product for a gradient of weights: a block's x and dy stay in the level-1 cache.
+// Sums over so many are added to the total, in order.
+constexpr std::int64_t kGradientTokens = 64;
 
 // sums[o] += of the rows of x (rows, ld), in the order of the rows.
 template <class S>
@@ -192,6 +175,103 @@ void add_columns(const S* x, std::int64_t rows, std::int64_t ld, S* sums, bool b
     store(sums + o, begin ? sum : load(sums + o) + sum);
   }
 }
+
+// From one block's copy to the next: an odd number of cache lines, as a row goes to all of them.
+template <class S>
+std::int64_t copy_step(std::int64_t tokens, std::int64_t ld) {
+  return (tokens * ld / kLanes<S> | 1) * kLanes<S>;
+}
+
+// Columns of blocks [b0, b1) of rows [t0, t1) of x: (block, token, width rounded up to vectors),
+// zeros beyond `width`.
+template <class S, class T>
+void copy_blocks(const ConstMatrixView& x, std::int64_t t0, std::int64_t t1, const Columns& from,
+                 std::int64_t b0, std::int64_t b1, std::int64_t width, S* to) {
+  constexpr int w = kLanes<S>;
+  const std::int64_t ld = round_up(width, w), block = copy_step<S>(t1 - t0, ld),
+                     whole = width / w * w;
+  for (std::int64_t t = t0; t < t1; ++t, to += ld) {
+    const T* const row = row_of<T>(x, t);
+    if (from.step != 1 && from.inner_step == 1 && b1 - b0 == w &&
+        b0 / from.inner == (b1 - 1) / from.inner) {  // the blocks' columns alternate
+      for (std::int64_t o = 0; o < width; o += w) {
+        Vec<S> square[w];
+        for (int i = 0; i < w; ++i)
+          square[i] =
+              o + i < width ? load_wide<S>(row + from.base(b0) + (o + i) * from.step) : Vec<S>{};
+        transpose<S>(square);
+        for (int b = 0; b < w; ++b) store(to + b * block + o, square[b]);
+      }
+      continue;
+    }
+    for (std::int64_t b = b0; b < b1; ++b) {
+      const T* const line = row + from.base(b);
+      S* const out = to + (b - b0) * block;
+      if (from.step == 1) {
+        for (std::int64_t o = 0; o < whole; o += w) store(out + o, load_wide<S>(line + o));
+        if (whole < width)
+          store(out + whole, load_wide_part<S>(line + whole, static_cast<int>(width - whole)));
+        continue;
+      }
+      for (std::int64_t o = 0; o < width; ++o) convert(line + o * from.step, out + o, 1);
+      std::fill(out + width, out + ld, S{0});
+    }
+  }
+}
+
+// The gradients of the weights (rows, width) of blocks, over a chunk of tokens at a time: sums over
+// tokens of a's row times x's width. `totals` (blocks, total_rows, width rounded up) are begun with
+// the first chunk, column sums of x likewise where wanted.
+template <class S, class T>
+struct WeightGradients {
+  ConstMatrixView x;
+  Columns from;
+  std::int64_t width, rows, total_rows;
+  S *totals, *sums = nullptr;
+
+  std::int64_t ld() const { return round_up(width, kLanes<S>); }
+
+  // Blocks at a time: 4 KB of a row of x, or as many blocks as alternate in a vector.
+  std::int64_t group(std::int64_t blocks, std::int64_t threads) const {
+    if (from.step != 1) return std::min<std::int64_t>(kLanes<S>, from.inner);
+    const std::int64_t fit = (std::int64_t{4} << 10) / sizeof(S) / std::max<std::int64_t>(ld(), 1);
+    return std::clamp<std::int64_t>(std::min(fit, blocks / threads), 1, 64);
+  }
+
+  // Tokens [c0, c1) of x. a(b) are their rows, token by token, for block b.
+  template <class A>
+  void add(std::int64_t c0, std::int64_t c1, std::int64_t b0, std::int64_t b1, A&& a) const {
+    static thread_local Scratch memory;
+    S* const copy = memory.get<S>((b1 - b0) * copy_step<S>(kGradientTokens, ld()));
+    for (std::int64_t t0 = c0; t0 < c1 || t0 == 0; t0 += kGradientTokens) {
+      const std::int64_t t1 = std::min(t0 + kGradientTokens, c1), tokens = t1 - t0;
+      copy_blocks<S, T>(x, t0, t1, from, b0, b1, width, copy);
+      for (std::int64_t b = b0; b < b1; ++b) {
+        const S* const block = copy + (b - b0) * copy_step<S>(tokens, ld());
+        if (sums != nullptr) add_columns(block, tokens, ld(), sums + b * ld(), t0 == 0);
+        if (totals != nullptr) {
+          Rows<S> left = a(b);
+          left.data += (t0 - c0) * left.step;
+          add_block(left, tokens, block, totals + b * total_rows * ld(), t0 == 0);
+        }
+      }
+    }
+  }
+
+  void add_block(const Rows<S>& a, std::int64_t tokens, const S* block, S* total,
+                 bool begin) const {
+    const std::int64_t panel = panel_width<S>(width);
+    for (std::int64_t o = 0; o < width; o += panel) {
+      const int vecs = static_cast<int>(ceil_div(std::min(panel, width - o), kLanes<S>));
+      for_row_blocks(rows, [&](std::int64_t r0, int count) {
+        S* const to = total + r0 * ld() + o;
+        const Rows<S> left{a.data + r0 * a.row_stride, a.row_stride, a.step};
+        block_kernel_for<S>(count, vecs)(tokens, left, block + o, ld(), begin ? nullptr : to, ld(),
+                                         to, ld());
+      });
+    }
+  }
+};
 
 }  // namespace
 }  // namespace structmat

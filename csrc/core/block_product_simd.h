@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "few_rows_simd.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "structmat/matrix.h"
@@ -110,10 +111,14 @@ struct BlockPanels {
   std::int64_t panel_stride, row_stride;
 };
 
+// For as many rows weights that lie along the sums are not packed.
+constexpr std::int64_t kFewRows = 8;
+
 // A factor: blocks of `depth` times `width` weights, number (p, o) of block b at
 // data[block.at(b) + depth.at(p) + width.at(o)].
 template <class S, class T>
 struct Factor {
+  static constexpr std::int64_t number_bytes = sizeof(S);
   const T* data;
   Axis block, depth, width;
   std::int64_t panel, panels, packed_size;  // of a block, in numbers
@@ -144,22 +149,25 @@ struct Factor {
     });
   }
 
-  // Blocks [b0, b1): in place, packed before, or packed now into `memory`.
+  // Blocks [b0, b1): in place, packed before, or packed now into `memory`; few rows are multiplied
+  // by weights as they lie.
   struct Ready {
     const Factor& f;
     const S* data;
     std::int64_t b0;
+    bool dots;
     BlockPanels<S> operator()(std::int64_t b) const {
       if constexpr (std::is_same_v<S, T>)
         if (f.in_place) return {f.data + f.block.at(b), f.panel, f.depth.stride()};
       return {data + (b - b0) * f.packed_size, f.panel * f.depth.size, f.panel};
     }
   };
-  Ready ready(std::int64_t b0, std::int64_t b1, Scratch& memory) const {
-    if (in_place || packed != nullptr) return {*this, packed, 0};
+  Ready ready(std::int64_t b0, std::int64_t b1, std::int64_t rows, Scratch& memory) const {
+    if (in_place || packed != nullptr) return {*this, packed, 0, false};
+    if (rows <= kFewRows && depth.contiguous() && width.regular()) return {*this, nullptr, 0, true};
     S* const to = memory.get<S>((b1 - b0) * packed_size);
     for (std::int64_t b = b0; b < b1; ++b) pack_block(b, to + (b - b0) * packed_size);
-    return {*this, to, b0};
+    return {*this, to, b0, false};
   }
 
   void pack_block(std::int64_t b, S* to) const {
@@ -209,11 +217,16 @@ struct Columns {
   }
 };
 
-// Rows [r0, r1) of a times block b, to `c`, whose rows are ldc apart. `room`: c may be written up
-// to whole vectors; `add` (width in whole vectors, or none) is one row.
+// Rows of a times block b, to `c`, whose rows are ldc apart. `room`: c may be written up to whole
+// vectors; `add` (width in whole vectors, or none) is one row.
 template <class S, class T>
-void multiply_rows(const Factor<S, T>& f, const BlockPanels<S>& w, const Rows<S>& a, int rows,
-                   const S* add, S* c, std::int64_t ldc, bool room) {
+void multiply_rows(const typename Factor<S, T>::Ready& ready, std::int64_t b, const Rows<S>& a,
+                   int rows, const S* add, S* c, std::int64_t ldc, bool room) {
+  const Factor<S, T>& f = ready.f;
+  if (ready.dots && a.step == 1)
+    return few_rows_range<S, T, S>(rows, f.depth.size, a.data, a.row_stride, f.data + f.block.at(b),
+                                   f.width.stride(), add, c, ldc, 0, f.width.size);
+  const BlockPanels<S> w = ready(b);
   constexpr int lanes = kLanes<S>;
   alignas(64) S edge[kBlockRows * kBlockVecs * lanes];
   for (std::int64_t q = 0; q < f.panels; ++q) {
@@ -229,6 +242,15 @@ void multiply_rows(const Factor<S, T>& f, const BlockPanels<S>& w, const Rows<S>
       for (int r = 0; r < rows; ++r) std::copy_n(edge + r * vecs * lanes, live, c + r * ldc + o);
     }
   }
+}
+
+// Fetches what the next block of rows is multiplied by: 0.9 of the time where a comes from memory.
+template <class S>
+void fetch_ahead(const Rows<S>& a, int rows, std::int64_t depth) {
+  if (a.step != 1) return;
+  for (int r = 0; r < rows; ++r)
+    for (std::int64_t p = 0; p < depth; p += 64 / static_cast<int>(sizeof(S)))
+      __builtin_prefetch(a.data + (rows + r) * a.row_stride + p);
 }
 
 // body(r0, count) for rows [0, rows) in blocks of nearly equal size, at most kBlockRows

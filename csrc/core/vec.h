@@ -87,6 +87,19 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// As from_float. The compiler makes no vectors of that where the count is small.
+inline __m256i round_bfloat16(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v), upper = _mm512_maskz_srli_epi32(-1, bits, 16);
+  const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_maskz_srli_epi32(
+      -1, _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_maskz_cvtepi32_epi16(
+      -1, _mm512_mask_or_epi32(rounded, nan, upper, _mm512_set1_epi32(0x40)));
+}
+#endif
+
 // to[i] = from[i], widened or rounded.
 template <class From, class To>
 inline void convert(const From* from, To* to, std::int64_t count) {
@@ -102,6 +115,8 @@ inline void convert(const From* from, To* to, std::int64_t count) {
       else if constexpr (std::is_same_v<To, float16>)
         _mm256_storeu_si256((__m256i*)(to + i),
                             _mm512_maskz_cvtps_ph(-1, _mm512_loadu_ps(from + i), 0));
+      else if constexpr (std::is_same_v<To, bfloat16>)
+        _mm256_storeu_si256((__m256i*)(to + i), round_bfloat16(_mm512_loadu_ps(from + i)));
       else
         break;
     }

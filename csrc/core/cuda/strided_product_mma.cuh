@@ -167,13 +167,12 @@ __global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
       }
     }
     __syncthreads();
-    if (p.splits > 1)
-      store_part<kThreads>(p, tile, shared->sums, thread);
-    else if (shared_by > 1)  // a pack for each row and address of columns
-      for_each_sum<T, kThreads>(
-          p, tile, shared->sums, shared->at, thread, [&](int r, int c, T value) {
-            packs[(r * S::kCols + c / run * run) * shared_by + g * run + c % run] = value;
-          });
+    if (p.splits > 1) return store_part<kThreads>(p, tile, shared->sums, thread);
+    finish_sums<T, kThreads>(p, tile, shared->sums, shared->at, thread);
+    if (shared_by > 1)  // a pack for each row and address of columns
+      for_each_sum<T, kThreads>(tile, shared->sums, thread, [&](int r, int c, T value) {
+        packs[(r * S::kCols + c / run * run) * shared_by + g * run + c % run] = value;
+      });
     else if (c_packs)
       store_packs<T, kThreads>(p, tile, shared->sums, shared->at, thread);
     else

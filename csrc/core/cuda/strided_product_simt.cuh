@@ -100,10 +100,9 @@ __global__ void __launch_bounds__(128, 4) simt_product_kernel(StridedProduct p) 
     for (int j = 0; j < 4; ++j) shared->sums.value[row + i][col + j] = sum[i][j];
   }
   __syncthreads();
-  if (p.splits > 1)
-    store_part<kThreads>(p, tile, shared->sums, thread);
-  else
-    store_sums<T, kThreads>(p, tile, shared->sums, shared->at, thread);
+  if (p.splits > 1) return store_part<kThreads>(p, tile, shared->sums, thread);
+  finish_sums<T, kThreads>(p, tile, shared->sums, shared->at, thread);
+  store_sums<T, kThreads>(p, tile, shared->sums, shared->at, thread);
 }
 
 template <class T>

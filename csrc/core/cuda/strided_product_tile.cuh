@@ -90,19 +90,30 @@ struct SumTile {
   Sum value[kRows][kCols + 8];
 };
 
-// f(row, column, act(sum + bias) as C's type) of each element of the tile, side by side.
-template <class T, int kThreads, class Sums, class At, class F>
-__device__ void for_each_sum(const StridedProduct& p, const Tile& tile, const Sums& sums,
-                             const At& at, int thread, F f) {
+// sums <- act(sums + bias), in place; the block meets before and after.
+template <class T, int kThreads, class Sums, class At>
+__device__ void finish_sums(const StridedProduct& p, const Tile& tile, Sums& sums, const At& at,
+                            int thread) {
+  if (p.bias == nullptr && p.activation == Activation::none) return;
   const T* const bias =
       p.bias == nullptr ? nullptr : static_cast<const T*>(p.bias) + p.c.batch.at(0, tile.batch);
-  const int width = tile.width, count = tile.height * width;
   SM_ROLLED
-  for (int i = thread; i < count; i += kThreads) {
-    const int r = i / width, c = i % width;
+  for (int i = thread; i < tile.height * tile.width; i += kThreads) {
+    const int r = i / tile.width, c = i % tile.width;
     accumulator_t<T> z = sums.value[r][c];
     if (bias != nullptr) z += to_float(bias[at.b_row[c]]);
-    f(r, c, rounded<T>(activated(z, p.activation)));
+    sums.value[r][c] = activated(z, p.activation);
+  }
+  __syncthreads();
+}
+
+// f(row, column, sum as C's type) of each element of the tile, side by side.
+template <class T, int kThreads, class Sums, class F>
+__device__ void for_each_sum(const Tile& tile, const Sums& sums, int thread, F f) {
+  SM_ROLLED
+  for (int i = thread; i < tile.height * tile.width; i += kThreads) {
+    const int r = i / tile.width, c = i % tile.width;
+    f(r, c, rounded<T>(sums.value[r][c]));
   }
 }
 
@@ -110,7 +121,7 @@ template <class T, int kThreads, class Sums, class At>
 __device__ void store_sums(const StridedProduct& p, const Tile& tile, const Sums& sums,
                            const At& at, int thread) {
   T* const c = const_cast<T*>(operand<T>(p.c, tile.batch));
-  for_each_sum<T, kThreads>(p, tile, sums, at, thread, [&](int row, int col, T value) {
+  for_each_sum<T, kThreads>(tile, sums, thread, [&](int row, int col, T value) {
     c[at.a_row[row] + at.b_row[col]] = value;
   });
 }
@@ -123,28 +134,19 @@ __device__ void store_packs(const StridedProduct& p, const Tile& tile, const Sum
     T value[kPack];
   };
   T* const c = const_cast<T*>(operand<T>(p.c, tile.batch));
-  const T* const bias =
-      p.bias == nullptr ? nullptr : static_cast<const T*>(p.bias) + p.c.batch.at(0, tile.batch);
-  const int width = tile.width, packs = (width + kPack - 1) / kPack;
+  const int packs = (tile.width + kPack - 1) / kPack;
   SM_ROLLED
   for (int i = thread; i < tile.height * packs; i += kThreads) {
     const int r = i / packs, n = i % packs * kPack;
-    const int count = width - n < kPack ? width - n : kPack;
     T* const to = c + at.a_row[r] + at.b_row[n];
-    Pack pack;
-    SM_UNROLL
-    for (int e = 0; e < kPack; ++e) {
-      accumulator_t<T> z = sums.value[r][n + e];
-      if (bias != nullptr && e < count) z += to_float(bias[at.b_row[n + e]]);
-      if (p.activation != Activation::none) z = activated(z, p.activation);
-      pack.value[e] = rounded<T>(z);
-    }
-    if (count == kPack) {
+    if (n + kPack <= tile.width) {
+      Pack pack;
+      SM_UNROLL
+      for (int e = 0; e < kPack; ++e) pack.value[e] = rounded<T>(sums.value[r][n + e]);
       *reinterpret_cast<Pack*>(to) = pack;
     } else {
-      SM_UNROLL
-      for (int e = 0; e < kPack; ++e)
-        if (e < count) to[e] = pack.value[e];
+      SM_ROLLED
+      for (int e = 0; n + e < tile.width; ++e) to[e] = rounded<T>(sums.value[r][n + e]);
     }
   }
 }

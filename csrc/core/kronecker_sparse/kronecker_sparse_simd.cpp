@@ -29,11 +29,8 @@ struct KroneckerSparse {
     const std::int64_t blocks = a * d, tokens = x.rows, threads = thread_count(context);
     if (blocks == 0) return;
     const bool few = tokens < threads * kTokenTile / 2;  // threads share the blocks
-    // Blocks side by side with weights of 128 KB: x is read along its rows.
-    const std::int64_t fit = (std::int64_t{128} << 10) / sizeof(S) /
-                             std::max<std::int64_t>(f.packed_size, 1);
     out.neighbours = std::clamp<std::int64_t>(
-        std::min<std::int64_t>(fit, few ? blocks / (4 * threads) : 64), 1, blocks);
+        std::min(neighbours_of(f), few ? blocks / (4 * threads) : blocks), 1, blocks);
     const std::int64_t groups = out.groups(blocks);
     if (few) {
       const WideRows<S, T> rows(x, 0, tokens, x_memory);
@@ -74,23 +71,33 @@ struct KroneckerSparse {
   }
 
   void gradient_of_weights(ConstMatrixView dy, ConstMatrixView x, T* to) const {
-    static thread_local Scratch total_memory, dy_memory, x_memory;
-    const std::int64_t tokens = dy.rows, b_cols = round_up(b, w), c_cols = round_up(c, w),
-                       chunk = std::clamp<std::int64_t>(tokens, 1, 1024);
-    S* const totals = total_memory.get<S>(a * d * b * c_cols);
+    static thread_local Scratch total_memory, dy_memory;
+    if (a * d == 0) return;
+    const std::int64_t tokens = dy.rows, blocks = a * d, threads = thread_count(context),
+                       chunk = std::is_same_v<S, T> ? std::max<std::int64_t>(tokens, 1) : 1024;
+    WeightGradients<S, T> gradients{x, columns(c), c, b, b, nullptr};
+    gradients.totals = total_memory.get<S>(blocks * b * gradients.ld());
+    const std::int64_t group = gradients.group(blocks, threads), run = d > 1 ? d : blocks,
+                       per = ceil_div(run, group);
     for (std::int64_t c0 = 0; c0 < tokens || c0 == 0; c0 += chunk) {
-      const std::int64_t c1 = std::min(c0 + chunk, tokens), count = c1 - c0;
-      parallel_for(context, a * d, [&](std::int64_t block) {
-        const std::int64_t A = block / d, D = block % d;
-        S* const from_dy = dy_memory.get<S>(count * b_cols);
-        S* const from_x = x_memory.get<S>(count * c_cols);
-        copy_columns<S, T>(dy, c0, c1, A * b * d + D, d, b, from_dy);
-        copy_columns<S, T>(x, c0, c1, A * c * d + D, d, c, from_x);
-        S* const total = totals + block * b * c_cols;
-        weight_gradient(count, b, c, from_dy, b_cols, from_x, c_cols, total, c0 == 0);
-        for (std::int64_t r = 0; c1 == tokens && r < b; ++r)
-          for (std::int64_t p = 0; p < c; ++p)
-            convert(total + r * c_cols + p, to + ((A * b + r) * c + p) * d + D, 1);
+      const std::int64_t c1 = std::min(c0 + chunk, tokens);
+      const WideRows<S, T> from(dy, c0, c1, dy_memory);
+      parallel_for(context, blocks / run * per, [&](std::int64_t task) {
+        const std::int64_t first = task / per * run, b0 = first + task % per * group,
+                           b1 = std::min(b0 + group, first + run);
+        gradients.add(c0, c1, b0, b1, [&](std::int64_t block) {
+          return Rows<S>{from.data + columns(b).base(block), d, from.stride};
+        });
+        for (std::int64_t block = b0; c1 == tokens && block < b1; ++block) {
+          const S* total = gradients.totals + block * b * gradients.ld();
+          for (std::int64_t r = 0; r < b; ++r, total += gradients.ld()) {
+            T* const out = to + (block / d * b + r) * c * d + block % d;
+            if (d == 1)
+              convert(total, out, c);
+            else
+              for (std::int64_t p = 0; p < c; ++p) convert(total + p, out + p * d, 1);
+          }
+        }
       });
     }
   }
@@ -102,11 +109,11 @@ struct KroneckerSparse {
       static thread_local Scratch memory;
       const std::int64_t first = task * kColumns, cols = std::min(kColumns, dy.cols - first),
                          ld = round_up(cols, w);
-      S* const block = memory.get<S>((kTokens + 1) * ld);
-      S* const sums = block + kTokens * ld;
+      S* const block = memory.get<S>((kTokens + 2) * ld + w);
+      S* const sums = block + (kTokens + 1) * ld;
       for (std::int64_t t = 0; t < dy.rows || t == 0; t += kTokens) {
         const std::int64_t end = std::min(t + kTokens, dy.rows);
-        copy_columns<S, T>(dy, t, end, first, 1, cols, block);
+        copy_blocks<S, T>(dy, t, end, Columns{1, 1, 0, 1}, first, first + 1, cols, block);
         add_columns(block, end - t, ld, sums, t == 0);
       }
       convert(sums, to + first, cols);

@@ -24,6 +24,14 @@ struct FusedArgs {
 // instructions.
 struct alignas(16) Terms {
   unsigned pair[4];
+
+  // Takes out the first number and puts `bits` behind the last.
+  __device__ unsigned shift(unsigned bits) {
+    const unsigned out = pair[0] & 0xffffu;
+    SM_UNROLL
+    for (int i = 0; i < 4; ++i) pair[i] = pair[i] >> 16 | (i < 3 ? pair[i + 1] : bits) << 16;
+    return out;
+  }
 };
 
 // Terms first to first + 7 of a row of x, W1 or W2; zero from `inner` on.
@@ -34,11 +42,9 @@ __device__ Terms load_terms(const T* row, const cuda::Axis& axis, std::int64_t b
   if (!in || first >= inner) return terms;
   if (kPacks && first + 8 <= inner)
     return *reinterpret_cast<const Terms*>(row + axis.at(batch, first));
-  SM_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const unsigned bits = first + i < inner ? row[axis.at(batch, first + i)].bits : 0u;
-    terms.pair[i / 2] |= bits << (i % 2 * 16);
-  }
+  SM_ROLLED
+  for (int i = 0; i < 8; ++i)
+    terms.shift(first + i < inner ? row[axis.at(batch, first + i)].bits : 0u);
   return terms;
 }
 
@@ -56,6 +62,20 @@ __device__ void multiply_chunk(float (&sum)[kM][4][4], const Terms (&a)[kM][2],
       for (int n = 0; n < 4; ++n)
         cuda::multiply_16x8x16<T>(sum[m][n], left, b[n].pair[2 * half], b[n].pair[2 * half + 1]);
     }
+  }
+}
+
+// In a loop that stays one, whose turns find the next numbers in the same registers: 32 copies of
+// erfc would be 10,000 instructions.
+template <int kM>
+__device__ void activate(float (&sum)[kM][4][4], Activation activation) {
+  SM_ROLLED
+  for (int turn = 0; turn < 16 * kM; ++turn) {
+    const float done = cuda::activated(sum[0][0][0], activation);
+    SM_UNROLL
+    for (int i = 0; i < 16 * kM - 1; ++i)
+      sum[i / 16][i / 4 % 4][i % 4] = sum[(i + 1) / 16][(i + 1) / 4 % 4][(i + 1) % 4];
+    sum[kM - 1][3][3] = done;
   }
 }
 
@@ -194,30 +214,27 @@ __global__ void __launch_bounds__(kFusedThreads) fused_kernel(FusedArgs args) {
                               : 0.0f;
         SM_UNROLL
         for (int m = 0; m < 2 * kM; ++m) {
-          float& z = sum[m / 2][n][m % 2 * 2 + e];
-          z += add;
-          if (second.activation != Activation::none) z = cuda::activated(z, second.activation);
+          sum[m / 2][n][m % 2 * 2 + e] += add;
         }
       }
     }
+    if (second.activation != Activation::none) activate<kM>(sum, second.activation);
     SM_UNROLL
     for (int m = 0; m < 2 * kM; ++m) {
       unsigned row[4];
       SM_UNROLL
       for (int n = 0; n < 4; ++n)
         row[n] = pair_of<T>(sum[m / 2][n][m % 2 * 2], sum[m / 2][n][m % 2 * 2 + 1]);
-      const Terms out = transposed_in_quad(row, t);
+      Terms out = transposed_in_quad(row, t);
       const std::int64_t token = token0 + part * 16 * kM + m * 8 + g, column = slab + t * 8;
       if (token >= second.rows) continue;
       T* const to = y + second.c.row.at(j, token);
       if (args.y_packs && column + 8 <= second.cols) {
         *reinterpret_cast<Terms*>(to + second.c.col.at(j, column)) = out;
       } else {
-        SM_UNROLL
-        for (int e = 0; e < 8; ++e)
-          if (column + e < second.cols)
-            to[second.c.col.at(j, column + e)] =
-                T{static_cast<std::uint16_t>(out.pair[e / 2] >> (e % 2 * 16))};
+        SM_ROLLED
+        for (std::int64_t c = column; c < second.cols && c < column + 8; ++c)
+          to[second.c.col.at(j, c)] = T{static_cast<std::uint16_t>(out.shift(0))};
       }
     }
   }
@@ -245,10 +262,9 @@ void fused(const Context& context, const FusedTile& tile, const cuda::StridedPro
               static_cast<std::size_t>(tile.shared_bytes), context.stream, args);
   };
   using std::integral_constant;
-  const auto of_size = [&](auto m) {
-    packs ? launch(m, std::true_type{}) : launch(m, std::false_type{});
-  };
-  tile.tokens == 16 ? of_size(integral_constant<int, 1>{}) : of_size(integral_constant<int, 2>{});
+  if (!packs) return launch(integral_constant<int, 1>{}, std::false_type{});
+  if (tile.tokens == 16) return launch(integral_constant<int, 1>{}, std::true_type{});
+  launch(integral_constant<int, 2>{}, std::true_type{});
 }
 
 }  // namespace structmat::monarch

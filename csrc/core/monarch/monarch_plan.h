@@ -32,6 +32,8 @@ constexpr std::int64_t kDecodeTokens = 32;  // up to here reading the weights is
 // A block's share of the weights, up to which one launch reads them sooner than two that spread
 // them over the whole device: about what a multiprocessor gets in the time of a launch.
 constexpr std::int64_t kDecodeBytes = 64 << 10;
+// Beyond it a tile of tokens waits for weights longer than h takes to and from memory.
+constexpr std::int64_t kFusedBytes = 2 << 20;
 
 // What a block takes: `tokens` by `blocks` output blocks, whose hidden units lie in shared memory
 // in `units` numbers each, S rounded up to whole packs; a token's lie `pitch` apart.
@@ -63,13 +65,16 @@ inline std::int64_t fitting_blocks(const Sizes& s, std::int64_t R, int tokens, i
 }
 
 // Bytes between L2 cache and multiprocessors: x once for each group of output blocks, the weights
-// once for each tile of tokens. Two launches write and read h, and have tiles of 64 tokens or more.
-inline double fused_bytes(const Sizes& s, std::int64_t tokens, const FusedTile& tile) {
-  const double T = static_cast<double>(tokens), H = static_cast<double>(s.hidden());
-  const double groups = static_cast<double>((s.J + tile.blocks - 1) / tile.blocks);
-  const double weights = H * static_cast<double>(s.I + s.L);
-  return 2 * (T * (static_cast<double>(s.n()) * groups + static_cast<double>(s.m())) +
-              static_cast<double>((tokens + tile.tokens - 1) / tile.tokens) * weights);
+// once for each tile of tokens; as many as if every multiprocessor had work to the end. Two
+// launches write and read h, and have tiles of 64 tokens or more.
+inline double fused_bytes(const Sizes& s, std::int64_t tokens, const FusedTile& tile,
+                          const DeviceFacts& device) {
+  const std::int64_t groups = (s.J + tile.blocks - 1) / tile.blocks,
+                     blocks = groups * ((tokens + tile.tokens - 1) / tile.tokens),
+                     waves = (blocks + device.multiprocessors - 1) / device.multiprocessors;
+  const std::int64_t share = (s.m() + s.S * s.J * (s.I + s.L) / tile.tokens) / groups + s.n();
+  return 2.0 * static_cast<double>(waves * device.multiprocessors) *
+         static_cast<double>(tile.tokens) * static_cast<double>(share);
 }
 inline double two_launch_bytes(const Sizes& s, std::int64_t tokens) {
   const double T = static_cast<double>(tokens), H = static_cast<double>(s.hidden());
@@ -97,15 +102,17 @@ inline ForwardPlan forward_plan(const Sizes& s, std::int64_t tokens, DType dtype
         std::min(fitting, std::max<std::int64_t>(1, s.J / device.multiprocessors));
     plan.fused = blocks > 0 && 2 * blocks * s.S * (s.I + s.L) <= kDecodeBytes;
     if (plan.fused) plan.tile = FusedTile(s, R, rows, blocks);
-  } else if (may_fuse) {
+  } else if (may_fuse && 2 * s.hidden() * (s.I + s.L) <= kFusedBytes) {
     double least = two_launch_bytes(s, tokens);
-    for (const int rows : {64, 32}) {
-      const std::int64_t blocks = fitting_blocks(s, R, rows, device.shared_bytes);
-      if (blocks == 0) continue;
-      const FusedTile tile(s, R, rows, blocks);
-      const double bytes = fused_bytes(s, tokens, tile);
-      if (bytes >= least) continue;
-      least = bytes, plan.fused = true, plan.tile = tile;
+    for (const int rows : {96, 64, 32}) {
+      const std::int64_t fitting = fitting_blocks(s, R, rows, device.shared_bytes);
+      for (std::int64_t blocks = s.J; blocks > 0; blocks /= 2) {
+        if (blocks > fitting) continue;
+        const FusedTile tile(s, R, rows, blocks);
+        const double bytes = fused_bytes(s, tokens, tile, device);
+        if (bytes >= least) continue;
+        least = bytes, plan.fused = true, plan.tile = tile;
+      }
     }
   }
   if (!with_hidden && !plan.fused)

@@ -20,6 +20,7 @@ class Method(str, Enum):
     whitened = "whitened"
     svd = "svd"
     fisher = "fisher"
+    monarch = "monarch"
 
 
 class Ranks(str, Enum):
@@ -52,15 +53,21 @@ def compress(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Replace a model's linear layers by low-rank ones.
+    """Replace a model's linear layers by low-rank or Monarch ones.
 
-    The result loads with structmat.load_pretrained(OUT), at this size or any smaller one.
+    The result loads with structmat.load_pretrained(OUT), at this size or, if of low rank, any
+    smaller one.
     """
     require("transformers", "safetensors")
     if not 0 < keep < 1:
         raise UserError(f"--keep must lie between 0 and 1, got {keep:g}")
-    if calibration is None and (method is not Method.svd or ranks is Ranks.global_ or sequential):
-        raise UserError("needs --calibration FILE, except for --method svd --ranks uniform")
+    without = method in (Method.svd, Method.monarch)
+    if calibration is None and (not without or ranks is Ranks.global_ or sequential):
+        raise UserError(
+            "needs --calibration FILE, except for --method svd or monarch with --ranks uniform"
+        )
+    if method is Method.monarch and ranks is Ranks.global_:
+        raise UserError("--method monarch goes with --ranks uniform")
     if sequential and method is not Method.whitened:
         raise UserError(f"--sequential goes with --method whitened, not {method.value}")
     if device is Device.cuda and not torch.cuda.is_available():
@@ -123,7 +130,7 @@ def _print(report: Any, out: Path, size: int) -> None:
         table.add_row(
             layer.name,
             f"{layer.m} x {layer.n}",
-            str(layer.rank or "dense"),
+            layer.size,
             f"{layer.params_after:,}",
             f"{layer.params_after / layer.params_before:.3f}",
             _number(layer.predicted_error),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compression of whole models to low rank: ``structmat.compress`` and its report."""
+"""Compression of whole models: ``structmat.compress`` and its report."""
 
 from .checkpoint import load_pretrained, save_pretrained
 from .compress import METHODS, RANKS, compress

@@ -254,8 +254,10 @@ def moments(
     targets: Sequence[Target],
     calibration: Calibration,
     step: Callable[[], None],
+    *,
+    on_inputs: bool = False,
 ) -> dict[Target, Tensor]:
-    """``sum x x^T`` where ``n <= m``, else ``sum (W x)(W x)^T``; the bias is no part of it.
+    """``sum x x^T`` where ``n <= m`` or ``on_inputs``, else ``sum (W x)(W x)^T`` without bias.
 
     Raises:
         ValueError: NaN or Inf in an activation, or a layer that no batch reaches.
@@ -265,7 +267,7 @@ def moments(
 
     def see(target: Target, module: nn.Module, x: Tensor, y: Tensor) -> None:
         mask = masks.of(target)
-        if on_input_side(target.weight):
+        if on_inputs or on_input_side(target.weight):
             # Query, key and value are fed the same tensor; a residual sum may write to it.
             if not (last and last[0] is x and last[1] == x._version and last[2] is mask):
                 z = rows(x, mask)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..nn import LowRankLinear
+from ..nn import LowRankLinear, MonarchLinear
 from .folder import entries, replacing
 from .layers import bias_of, is_linear, replace, weight_of
 from .report import CompressionReport, LayerReport, attach, attached
@@ -27,9 +27,9 @@ def save_pretrained(
     """Writes a model whose layers :func:`structmat.compress` replaced.
 
     ``structmat.safetensors`` holds every tensor of the state, shared ones once, factors in
-    descending energy; ``structmat.json`` the class of the model, per low-rank layer its shapes,
-    rank, dtype, predicted error and the hash of the calibration data, the reports of all
-    compressions, and the names of the files written; ``config.json`` (and
+    descending energy; ``structmat.json`` the class of the model, per new layer its shapes,
+    rank, number of blocks, dtype, predicted error and the hash of the calibration data, the
+    reports of all compressions, and the names of the files written; ``config.json`` (and
     ``generation_config.json``) come from transformers.
 
     Everything is written into a folder beside the wanted one, which is then renamed: on failure
@@ -82,9 +82,10 @@ def load_pretrained(
     Args:
         folder: the saved folder.
         keep: a smaller kept fraction than the file's: the leading part of every pair of factors.
-            With uniform ranks and no ``sequential`` the result equals compressing to it directly;
-            with global ranks the budget is divided anew by the stored losses, layers stored dense
-            staying so. Of a model compressed in several steps, each is cut that kept more.
+            With uniform ranks and no ``sequential`` the result equals compressing to it
+            directly; with global ranks the budget is divided anew by the stored losses,
+            layers stored dense staying so. Of a model compressed in several steps, each is
+            cut that kept more; Monarch layers cannot be.
         model: the uncompressed architecture to load into, needed unless it is a class of
             transformers that its config alone builds. Its weights do not matter; it is changed in
             place, and only once all is known to fit.
@@ -92,9 +93,10 @@ def load_pretrained(
         dtype: of the parameters, as stored by default.
 
     Raises:
-        ValueError: not such a folder; of a newer format; damaged; ``keep`` is larger than what
-            the file holds, or smaller than layers stored dense and rank one elsewhere need; the
-            model's layers, or names or shapes of its other tensors, are not the file's.
+        ValueError: not such a folder; of a newer format; damaged; ``keep`` is larger than what the
+            file holds, or smaller than its Monarch layers kept, or smaller than layers
+            stored dense and rank one elsewhere need; the model's layers, or names or shapes
+            of its other tensors, are not the file's.
 
     Example:
         >>> import torch, structmat as sm
@@ -126,13 +128,7 @@ def load_pretrained(
         state[name] = state[kept]
     model = _build(folder, stored.model_class) if model is None else model
     _check(model, layers, state)
-    swaps: dict[str, nn.Module] = {
-        place: LowRankLinear(
-            layer["n"], layer["m"], layer["rank"], bias=layer["bias"], device="meta"
-        )
-        for layer in layers
-        for place in layer["places"]
-    }
+    swaps = {place: _layer(layer) for layer in layers for place in layer["places"]}
     replace(model, swaps)
     model.load_state_dict(state, assign=True)
     for name, kept in stored.shared.items():
@@ -140,6 +136,14 @@ def load_pretrained(
     for report in reports:
         attach(model, report)
     return model.to(device or "cpu").eval()
+
+
+def _layer(stored: dict[str, Any]) -> nn.Module:
+    """A layer of the shape stored, without numbers."""
+    m, n, rank, blocks = (stored[key] for key in ("m", "n", "rank", "n_blocks"))
+    if blocks is None:
+        return LowRankLinear(n, m, rank, bias=stored["bias"], device="meta")
+    return MonarchLinear(n, m, blocks, rank=rank, bias=stored["bias"], device="meta")
 
 
 class _Stored(NamedTuple):
@@ -154,12 +158,12 @@ def _describe(model: nn.Module, shared: dict[str, str]) -> dict[str, Any]:
     known = {layer.name: (layer, report) for report in reports for layer in report.layers}
     first_names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LowRankLinear):
-            first_names.setdefault(id(module.U), []).append(name)
+        if isinstance(module, LowRankLinear | MonarchLinear):
+            first_names.setdefault(id(next(module.parameters())), []).append(name)
     layers = []
     for places in first_names.values():
         module = model.get_submodule(places[0])
-        assert isinstance(module, LowRankLinear)
+        assert isinstance(module, LowRankLinear | MonarchLinear)
         layer, report = next((known[name] for name in places if name in known), (None, None))
         layers.append(
             {
@@ -167,8 +171,9 @@ def _describe(model: nn.Module, shared: dict[str, str]) -> dict[str, Any]:
                 "m": module.out_features,
                 "n": module.in_features,
                 "rank": module.rank,
+                "n_blocks": module.n_blocks if isinstance(module, MonarchLinear) else None,
                 "bias": module.bias is not None,
-                "dtype": str(module.U.dtype).removeprefix("torch."),
+                "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
                 "predicted_error": layer.predicted_error if layer else None,
                 "calibration_hash": report.calibration_hash if report else None,
             }
@@ -203,7 +208,10 @@ def _read(folder: Path) -> _Stored:
         keys = ("places", "m", "n", "rank", "bias")
         return _Stored(
             model_class=str(stored["class"]),
-            layers=[{key: layer[key] for key in keys} for layer in stored["layers"]],
+            layers=[
+                {key: layer[key] for key in keys} | {"n_blocks": layer.get("n_blocks")}
+                for layer in stored["layers"]
+            ],
             shared=dict(stored["shared"]),
             reports=[
                 CompressionReport(**{**x, "layers": [LayerReport(**y) for y in x["layers"]]})
@@ -245,13 +253,14 @@ def _check(model: nn.Module, layers: list[dict[str, Any]], state: dict[str, Tens
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for layer in layers:
-        m, n, rank = layer["m"], layer["n"], layer["rank"]
+        m, n = layer["m"], layer["n"]
+        parts = _layer(layer).state_dict()
         for place in layer["places"]:
             try:
                 old = model.get_submodule(place)
             except AttributeError as error:
                 raise ValueError(f"load_pretrained: the model has no layer {place}") from error
-            if isinstance(old, LowRankLinear):
+            if isinstance(old, LowRankLinear | MonarchLinear):
                 found = (old.out_features, old.in_features)
             elif is_linear(old):
                 a, b = weight_of(old).shape
@@ -266,9 +275,9 @@ def _check(model: nn.Module, layers: list[dict[str, Any]], state: dict[str, Tens
                     f"{'with' if bias_of(old) is not None else 'without'} bias, the stored one "
                     f"{m} x {n} {'with' if layer['bias'] else 'without'}"
                 )
-            for part in ("weight", "U", "V"):
+            for part in old.state_dict():
                 wanted.pop(f"{place}.{part}", None)
-            wanted |= {f"{place}.U": (m, rank), f"{place}.V": (rank, n)}
+            wanted |= {f"{place}.{part}": tuple(x.shape) for part, x in parts.items()}
     stored = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in [*wanted, *stored]:
         if wanted.get(name) != stored.get(name):

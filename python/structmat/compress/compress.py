@@ -10,7 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from ..nn import LowRankLinear
+from ..nn import LowRankLinear, MonarchLinear
 from .allocate import largest_rank, parameters, uniform_rank
 from .calibrate import (
     Batch,
@@ -28,11 +28,12 @@ from .calibrate import (
 )
 from .layers import Filter, Target, bias_of, find_targets, replace
 from .memory import PeakMemory
+from .monarch import projected
 from .plan import Plan, allocate, counter, factored, make
 from .report import CompressionReport, LayerReport, attach
 from .sequential import fit_in_sequence, placing, stages_of
 
-METHODS = ("svd", "fisher", "whitened")
+METHODS = ("svd", "fisher", "whitened", "monarch")
 RANKS = ("uniform", "global")
 
 
@@ -49,7 +50,7 @@ def compress(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CompressionReport:
-    """Replaces a model's linear layers by low-rank ones, in place, without training.
+    """Replaces a model's linear layers by low-rank or Monarch ones, in place, without training.
 
     Every chosen ``nn.Linear`` (and ``Conv1D`` of transformers) with weight ``W (m, n)`` becomes a
     :class:`structmat.nn.LowRankLinear` with ``W' = U V`` of rank ``r``, ``r (m + n)`` weights;
@@ -62,6 +63,14 @@ def compress(
       ``U_r`` the top eigenvectors of ``W E[x x^T] W^T``: the optimum of SVD-LLM (Wang et al. 2024,
       arXiv:2403.07378) without its Cholesky factor and inverse.
 
+    ``method="monarch"`` makes :class:`structmat.nn.MonarchLinear` of ``N x N`` blocks of rank
+    ``R`` instead, ``N R (m + n)`` weights: the projection of ``W`` nearest in its output on the
+    calibration data (to which 1 % of the mean input energy is added in every direction), or without
+    data nearest to ``W``; see :func:`structmat.monarch.project`. ``N`` is the least count above one
+    that divides m and n into blocks of multiples of 64, or else of 32, 16, 8 or 1; a layer whose
+    sizes have no common divisor stays dense. Call ``compress`` once a method, with a ``filter``, to
+    mix structures in a model.
+
     ``ranks="uniform"`` gives each layer ``r = floor(keep m n / (m + n))``. ``ranks="global"``
     shares one budget by the predicted change of the model's output, ``tr(L E R E^T)`` with
     ``E = W - W'`` and ``L``, ``R`` from gradients of random projections of the output, taken on
@@ -71,14 +80,15 @@ def compress(
     Args:
         model: any module, on the CPU or CUDA, float64, float32, bfloat16 or float16.
         keep: kept fraction of the weights of the chosen layers, between 0 and 1.
-        method: ``"svd"``, ``"fisher"`` or ``"whitened"``.
-        ranks: ``"uniform"`` or ``"global"``.
+        method: ``"svd"``, ``"fisher"``, ``"whitened"`` or ``"monarch"``.
+        ranks: ``"uniform"`` or ``"global"``, which Monarch layers do not have.
         sequential: then fit ``V`` anew, layer by layer in the order of the model, by regression of
             the layer's original outputs on the inputs it gets from the compressed layers before it.
             With ``whitened`` only.
         calibration: batches, or a function that returns them (called once a pass). A mapping is
             passed as keywords, a tuple or list as arguments, a tensor as the one argument; padding
-            is left out by ``attention_mask``. Not needed for ``svd`` with uniform ranks.
+            is left out by ``attention_mask``. Not needed for ``svd`` with uniform ranks and
+            ``monarch``.
         objective: ``objective(output, batch) -> tensor``. For ``global`` ranks the part of the
             model's output that counts, by default ``logits`` or ``last_hidden_state``, else the
             first tensor; for ``fisher`` the loss, by default the output's own ``loss``. With both
@@ -138,7 +148,9 @@ def compress(
         if sequential and data is not None:
             some = [target for target in targets if largest_rank(*target.shape)]
             stages = stages_of(model, some, data)
-        if sequential and ranks == "uniform":  # the ranks are all it takes
+        if method == "monarch":
+            plans = projected(model, targets, data, keep, tell)
+        elif sequential and ranks == "uniform":  # the ranks are all it takes
             plans = [Plan(target, rank=uniform_rank(*target.shape, keep)) for target in targets]
         else:
             plans = factored(model, targets, data, keep, method, ranks, objective, seed, tell)
@@ -241,10 +253,10 @@ def _check_options(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model must be an nn.Module, got {type(model).__name__}")
-    if type(model) in (nn.Linear, LowRankLinear):
+    if type(model) in (nn.Linear, LowRankLinear, MonarchLinear):
         raise ValueError(
             "compress: the model is a linear layer itself, which has no place to be replaced in; "
-            "use structmat.nn.LowRankLinear.from_linear"
+            "use the from_linear of structmat.nn.LowRankLinear or MonarchLinear"
         )
     if next(model.parameters(), None) is None:
         raise ValueError("compress: the model has no parameters")
@@ -254,12 +266,14 @@ def _check_options(
         raise ValueError(f"compress: method must be one of {', '.join(METHODS)}, got {method!r}")
     if ranks not in RANKS:
         raise ValueError(f"compress: ranks must be one of {', '.join(RANKS)}, got {ranks!r}")
+    if ranks == "global" and method == "monarch":
+        raise ValueError("compress: method='monarch' has ranks='uniform' only, got 'global'")
     if sequential and method != "whitened":
         raise ValueError(f"compress: sequential goes with method='whitened', got {method!r}")
-    if calibration is None and (method != "svd" or ranks == "global"):
+    if calibration is None and (method not in ("svd", "monarch") or ranks == "global"):
         raise ValueError(
             f"compress: method={method!r} with ranks={ranks!r} needs calibration, batches for the "
-            "model; only method='svd' with ranks='uniform' does without"
+            "model; only method='svd' and method='monarch' with ranks='uniform' do without"
         )
 
 
@@ -323,22 +337,25 @@ def _measure(model: nn.Module, plans: list[Plan], data: Calibration, tell: Progr
 def _report(plan: Plan) -> LayerReport:
     m, n = plan.target.shape
     rank = plan.rank
+    N = plan.blocks
+    kind = "dense" if rank is None else "low_rank" if N is None else "monarch"
     errors = [] if rank is None or plan.error is None else plan.error[: rank + 1].tolist()
     losses = [] if rank is None or plan.loss is None else plan.loss[: rank + 1].tolist()
     return LayerReport(
         name=plan.target.name,
         places=list(plan.target.places),
-        kind="dense" if rank is None else "low_rank",
+        kind=kind,
         m=m,
         n=n,
         rank=rank,
         params_before=m * n,
-        params_after=parameters(m, n, rank),
+        params_after=parameters(m, n, rank if rank is None else rank * (N or 1)),
         predicted_error=errors[-1] if errors else 0.0,
         measured_error=plan.measured,
         sensitivity=None if plan.loss is None else float(plan.loss[0]),
         spectrum=[] if rank is None or plan.spectrum is None else plan.spectrum.tolist(),
-        errors=errors,
+        errors=errors if N is None else [],
         loss=losses,
         seconds=plan.seconds,
+        n_blocks=N,
     )

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..nn import LowRankLinear
+from ..nn import LowRankLinear, MonarchLinear
 from .factor import Factors
 
 Filter = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
@@ -151,7 +151,10 @@ def replace(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
         old = model.get_submodule(name)
         for part, parameter in layer.named_parameters():
-            weight = old.U if isinstance(old, LowRankLinear) else weight_of(old)
+            if isinstance(old, LowRankLinear | MonarchLinear):
+                weight = next(old.parameters())
+            else:
+                weight = weight_of(old)
             source = bias_of(old) if part == "bias" else weight
             parameter.requires_grad_((weight if source is None else source).requires_grad)
         layer.train(old.training)

@@ -28,6 +28,7 @@ class Plan:
     error: Tensor | None = None  # relative output error at rank 0, 1, ...
     loss: Tensor | None = None  # predicted change of the model's output at rank 0, 1, ...
     rank: int | None = None
+    blocks: int | None = None  # of a Monarch layer, N of N x N
     measured: float | None = None
     seconds: float = 0.0
     places: dict[str, nn.Module] = field(default_factory=dict)
@@ -52,7 +53,7 @@ def factored(
             plan.rank = uniform_rank(*plan.target.shape, keep)
         open_plans = [plan for plan in open_plans if plan.rank is not None]
     done = 0
-    for group in _groups(model, open_plans, ranks):
+    for group in groups(model, open_plans, both_sides=ranks == "global"):
         chosen = [plan.target for plan in group]
         moment: dict[Target, Tensor] = {}
         sensitivity: dict[Target, Sensitivity] = {}
@@ -129,15 +130,17 @@ def allocate(plans: list[Plan], keep: float) -> None:
         plan.rank = rank
 
 
-def _groups(model: nn.Module, plans: list[Plan], ranks: str) -> Iterator[list[Plan]]:
+def groups(
+    model: nn.Module, plans: list[Plan], *, both_sides: bool = False, on_inputs: bool = False
+) -> Iterator[list[Plan]]:
     """Consecutive layers whose statistics take no more than 256 MiB or a quarter of the model."""
     bound = max(_GROUP_BYTES, sum(p.numel() * p.element_size() for p in model.parameters()) // 4)
     group: list[Plan] = []
     held = 0
     for plan in plans:
         m, n = plan.target.shape
-        side = min(m, n)
-        size = 8 * (side * side + (m * m + side * side if ranks == "global" else 0))
+        side = n if on_inputs else min(m, n)
+        size = 8 * (side * side + (m * m + side * side if both_sides else 0))
         if group and held + size > bound:
             yield group
             group, held = [], 0

@@ -14,9 +14,9 @@ class LayerReport:
     Attributes:
         name: where it is in the model.
         places: every name it has: more than one where layers are tied, which share one report.
-        kind: ``"low_rank"``, or ``"dense"`` where it was left as it is.
+        kind: ``"low_rank"``, ``"monarch"``, or ``"dense"`` where it was left as it is.
         m, n: output and input features.
-        rank: of the new weight; ``None`` for a dense layer.
+        rank: of the new weight, of each block of a Monarch layer; ``None`` for a dense layer.
         params_before, params_after: weights, biases not counted.
         predicted_error: relative output error ``||Y - Y'||_F / ||Y||_F`` from the moments alone
             (biases not counted). Without calibration data, that of the weight itself. ``None``
@@ -29,6 +29,7 @@ class LayerReport:
         errors: predicted relative output error at rank ``0, 1, ..., rank``.
         loss: predicted loss at rank ``0, 1, ..., rank`` of a ``global`` allocation, else empty.
         seconds: spent on its factors.
+        n_blocks: ``N`` of the ``N x N`` blocks of a Monarch layer, else ``None``.
 
     Example:
         >>> import torch, structmat as sm
@@ -53,6 +54,14 @@ class LayerReport:
     errors: list[float] = field(default_factory=list, repr=False)
     loss: list[float] = field(default_factory=list, repr=False)
     seconds: float = 0.0
+    n_blocks: int | None = None
+
+    @property
+    def size(self) -> str:
+        """The rank for tables: ``"dense"``, ``"25"``, or ``"4 x 6"`` for 4 blocks of rank 6."""
+        if self.rank is None:
+            return "dense"
+        return str(self.rank) if self.n_blocks is None else f"{self.n_blocks} x {self.rank}"
 
 
 @dataclass
@@ -103,16 +112,15 @@ class CompressionReport:
         ]
         width = max((len(layer.name) for layer in self.layers), default=5)
         lines.append(
-            f"{'layer':{width}}  {'m x n':>13}  {'rank':>5}  {'kept':>6}  predicted  measured"
+            f"{'layer':{width}}  {'m x n':>13}  {'rank':>6}  {'kept':>6}  predicted  measured"
         )
         for layer in self.layers:
-            rank = "dense" if layer.rank is None else str(layer.rank)
             predicted, measured = (
                 "-" if error is None else f"{error:.4f}"
                 for error in (layer.predicted_error, layer.measured_error)
             )
             lines.append(
-                f"{layer.name:{width}}  {f'{layer.m} x {layer.n}':>13}  {rank:>5}  "
+                f"{layer.name:{width}}  {f'{layer.m} x {layer.n}':>13}  {layer.size:>6}  "
                 f"{layer.params_after / layer.params_before:6.1%}  {predicted:>9}  {measured:>8}"
             )
         return "\n".join(lines)

@@ -37,6 +37,11 @@ def shrink(
     smaller = []
     for report in reports:
         if keep < report.keep:
+            if any(layer.n_blocks is not None for layer in report.layers):
+                raise ValueError(
+                    "load_pretrained: Monarch layers have no leading part: the model can be loaded "
+                    f"with keep={report.keep} or without, got {keep}"
+                )
             found = _ranks(report, keep)
             report = _shortened(report, keep, found)
             ranks.update(found)

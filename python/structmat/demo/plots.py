@@ -22,7 +22,13 @@ from structmat.demo.run import Demo, Result
 
 # Placeholders that become CSS variables: no plot uses these near-blacks otherwise.
 _INK, _MUTED, _GRID, _PAPER = "#010101", "#020202", "#030303", "#040404"
-_METHODS = {"svd": "#0a0101", "fisher": "#0a0202", "whitened": "#0a0303", "global": "#0a0404"}
+_METHODS = {
+    "svd": "#0a0101",
+    "fisher": "#0a0202",
+    "monarch": "#0a0505",
+    "whitened": "#0a0303",
+    "global": "#0a0404",
+}
 _DEPTH = [f"#0b0{i}0{i}" for i in range(1, 7)]
 _VARIABLES = {
     _INK: "--ink",
@@ -32,7 +38,7 @@ _VARIABLES = {
     **{colour: f"--{method}" for method, colour in _METHODS.items()},
     **{colour: f"--depth-{i}" for i, colour in enumerate(_DEPTH)},
 }
-_MARKERS = {"svd": "s", "fisher": "^", "whitened": "D", "global": "o"}
+_MARKERS = {"svd": "s", "fisher": "^", "monarch": "P", "whitened": "D", "global": "o"}
 _STYLE: Any = {
     "svg.fonttype": "none",
     "figure.facecolor": "none",

@@ -69,7 +69,7 @@ def project(
             expected ``||(W - M) x||^2`` instead. Of shape ``(K, I, I)``, the diagonal blocks
             alone: closed form, the truncated SVD of ``W_jk C_kk^(1/2)``. Of shape ``(n, n)``:
             starts there and then solves for one input block after the other; the error never grows
-            in a sweep over them, and the sweeps end when one takes less than 0.1 % of the squared
+            in a sweep over them, and the sweeps end when one takes less than 0.5 % of the squared
             error, after at most 50. That is a stationary point, not always the global optimum. C
             may be singular.
 
@@ -247,9 +247,4 @@ def _check_moments(inputs: Any, K: int, I: int, device: torch.device, op: str) -
     rounding = 8 * torch.finfo(inputs.dtype).eps * float(C.abs().max())
     if bool(((C - C.mT).abs() > rounding).any()):
         raise ValueError(f"{op}: inputs is not symmetric, wanted second moments E[x x^T]")
-    C = (C + C.mT) / 2
-    blocks = C if C.dim() == 3 else C.view(K, I, K, I).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    least, most = (f(torch.linalg.eigvalsh(blocks), -1) for f in (torch.amin, torch.amax))
-    if bool((least < -8 * I * torch.finfo(inputs.dtype).eps * most.clamp_min(0)).any()):
-        raise ValueError(f"{op}: inputs has negative eigenvalues, wanted second moments E[x x^T]")
-    return C
+    return (C + C.mT) / 2

@@ -17,6 +17,7 @@ from .arguments import (
     is_tracing,
     needs_composition,
 )
+from .low_rank import low_rank_linear
 
 _linear = torch.ops.structmat.kronecker_sparse_linear.default
 _linear_backward = torch.ops.structmat.kronecker_sparse_linear_backward.default
@@ -50,12 +51,13 @@ def kronecker_sparse_linear(
         ValueError: there is no factor, or shapes or devices do not fit together.
 
     Two factors ``(K, Q, I, 1)`` and ``(1, L, S, J)`` that follow each other run as one product on
-    the kernels of :func:`monarch_linear`; what lies between other factors is stored, in the type of
-    ``x``. Under ``torch.autocast`` the tensors are cast as those of ``torch.nn.functional.linear``.
-    ``x``, all factors and the bias have gradients, of second order too; the inputs of the products
-    and the factors are saved for them. ``torch.func`` transforms, forward-mode differentiation,
-    ``torch.export`` and ``torch.jit.trace`` take torch's own products. The same inputs give the
-    same bits for any number of threads.
+    the kernels of :func:`monarch_linear`, or of :func:`low_rank_linear` for ``K = J = 1``; what
+    lies between other factors is stored, in the type of ``x``. Under ``torch.autocast`` the tensors
+    are cast as those of ``torch.nn.functional.linear``. ``x``, all factors and the bias have
+    gradients, of second order too; the inputs of the products and the factors are saved for them.
+    ``torch.func`` transforms, forward-mode differentiation, ``torch.export`` and
+    ``torch.jit.trace`` take torch's own products. The same inputs give the same bits for any number
+    of threads.
 
     Cost: ``2 T a b c d`` FLOPs for each factor, three times that with all gradients. Sums are kept
     in float32 (float64 for float64).
@@ -77,19 +79,21 @@ def kronecker_sparse_linear(
         factors = list(factors)
         if torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
             x, bias, *factors = autocast(x, bias, *factors)
-        if not factors or (needs_composition() and not is_tracing()):
+        composes = needs_composition()
+        if not factors or (composes and not is_tracing()):
             _check(x, factors, bias)
         y, rest = x, list(factors)
         while rest:
             first = rest.pop(0)
-            second = rest.pop(0) if rest and _is_monarch(first, rest[0]) else None
+            pair = not composes and rest and _is_monarch(first, rest[0])
+            second = rest.pop(0) if pair else None
             last = None if rest else bias
             if second is None:
                 y = product(y, first, last, _NONE)
             else:
                 y = _monarch(y, first, second, last)
         return y
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, AttributeError, TypeError, ValueError):
         _check(x, factors, bias)  # says what was wrong, where it was the arguments
         raise
 
@@ -103,6 +107,8 @@ def _is_monarch(first: Tensor, second: Tensor) -> bool:
 
 
 def _monarch(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+    if first.shape[0] == 1 and second.shape[3] == 1:  # for one token a fifth of the time
+        return low_rank_linear(x, second[0, :, :, 0], first[0, :, :, 0], bias)
     W1 = first.squeeze(3).unsqueeze(1)  # (K, 1, Q, I)
     W2 = second.squeeze(0).permute(2, 0, 1).unsqueeze(2)  # (J, L, 1, S)
     return monarch.product(x, W1, W2, bias, _NONE, True, True)

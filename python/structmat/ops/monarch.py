@@ -69,10 +69,11 @@ def monarch_linear(
     gradient. An activation saves what torch's does. ``torch.func`` transforms, forward-mode
     differentiation, ``torch.export`` and ``torch.jit.trace`` take two products of torch's.
 
-    Cost: ``2 T H (I + L)`` FLOPs forward for ``H = K J R``, 2 to 3 times that for all gradients,
-    against ``2 T m n`` and ``4 T m n`` of the dense layer: for ``K = J`` blocks of full rank on one
-    side (``H = n``) of a square layer a share of ``2 / K``. Sums are kept in float32 (float64 for
-    float64); ``h`` of 16-bit tensors may be rounded to their type between the products.
+    Cost: ``2 T H (I + L)`` FLOPs forward for ``H = K J R``, ``4 T H (I + L)`` for all gradients and
+    ``2 T H I`` more where ``h`` is computed again, against ``2 T m n`` and ``4 T m n`` of the dense
+    layer: a share of ``2 / K`` for ``K = J`` blocks and ``H = n`` of a square one. Sums are kept in
+    float32 (float64 for float64); ``h`` of 16-bit tensors may be rounded to their type between the
+    products.
 
     The form is that of Dao et al., Monarch: Expressive Structured Matrices for Efficient and
     Accurate Training, 2022, for any number of blocks and any rank.
