@@ -2,6 +2,7 @@
 """A linear layer whose weight is block-diagonal."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class BlockDiagonalLinear(nn.Module):
         check_sizes("BlockDiagonalLinear", in_features, out_features, n_blocks)
         self.in_features, self.out_features, self.n_blocks = in_features, out_features, n_blocks
         self._inputs, self._outputs = Blocks(in_features, n_blocks), Blocks(out_features, n_blocks)
-        like = {"device": device, "dtype": dtype}
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         q, p = self._outputs.width, self._inputs.width
         self.W = nn.Parameter(torch.empty(n_blocks, q, p, **like))
         if bias:

@@ -2,6 +2,7 @@
 """A linear layer whose weight is a Monarch matrix: two block-diagonal factors and a permutation."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ class MonarchLinear(nn.Module):
                 f"got {rank}"
             )
         self.rank = rank
-        like = {"device": device, "dtype": dtype}
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.W1 = nn.Parameter(torch.empty(n_blocks, n_blocks, rank, I, **like))
         self.W2 = nn.Parameter(torch.empty(n_blocks, L, n_blocks, rank, **like))
         if bias:
