@@ -12,12 +12,17 @@
 namespace structmat {
 namespace {
 
-// exp(x), x <= 0: 2^n e^r with |r| <= ln 2 / 2, e^r by its series. 2^n is multiplied in two halves,
-// so that results below the normal numbers are right, too.
-inline Vec<float> exp_negative(Vec<float> x) {
+// exp(x), x <= 0, in two factors: 2^n e^r with |r| <= ln 2 / 2, e^r by its series, 2^n in halves. A
+// product with it takes the second factor last, so that it keeps its digits where e^x itself would
+// be below the normal numbers. Zero below x = -110.
+struct Exp {
+  Vec<float> first, second;
+  Vec<float> value() const { return first * second; }
+};
+inline Exp exp_negative(Vec<float> x) {
   typedef VecOf<float>::index Bits;
   const auto all = [](float v) { return broadcast(v); };
-  const Vec<float> low = all(-110.0f);
+  const Vec<float> low = all(-110.0f), given = x;
   x = x < low ? low : x;  // NaN stays
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
   const Vec<float> shifted = fma(x, all(1.44269504f), all(12582912.0f));
@@ -31,7 +36,7 @@ inline Vec<float> exp_negative(Vec<float> x) {
   const Bits half = k >> 1;
   const Vec<float> first = reinterpret_cast<Vec<float>>((half + 127) << 23);
   const Vec<float> second = reinterpret_cast<Vec<float>>((k - half + 127) << 23);
-  return p * first * second;
+  return {p * first, given < low ? Vec<float>{} : second};
 }
 
 inline Vec<float> relu(Vec<float> z) {
@@ -39,8 +44,8 @@ inline Vec<float> relu(Vec<float> z) {
 }
 
 inline Vec<float> silu(Vec<float> z) {
-  const Vec<float> e = exp_negative(z > Vec<float>{} ? -z : z);
-  return z * (z > Vec<float>{} ? broadcast(1.0f) : e) / (broadcast(1.0f) + e);
+  const Exp e = exp_negative(z > Vec<float>{} ? -z : z);
+  return (z > Vec<float>{} ? z : z * e.first * e.second) / (broadcast(1.0f) + e.value());
 }
 
 // z Phi(z) by Q(a) = Phi(-a), a = |z|: Q(a) e^(a^2/2) (a + 3.5) is a polynomial of
@@ -58,9 +63,10 @@ inline Vec<float> gelu(Vec<float> z) {
   // e^(-a^2/2), with the rounding of a^2 put back: a^2 is up to 200.
   const Vec<float> square = c * c;
   const Vec<float> rest = fma(c, c, -square);
-  const Vec<float> e = exp_negative(all(-0.5f) * square);
-  const Vec<float> tail = p * inverse * fma(all(-0.5f) * rest, e, e);
-  return z * (z < Vec<float>{} ? tail : all(1.0f) - tail);
+  const Exp e = exp_negative(all(-0.5f) * square);
+  const Vec<float> tail = p * inverse * fma(all(-0.5f) * rest, e.first, e.first),
+                   scale = a > all(14.5f) ? Vec<float>{} : e.second;
+  return z < Vec<float>{} ? z * tail * scale : z * (all(1.0f) - tail * scale);
 }
 
 inline double relu(double z) {

@@ -238,7 +238,8 @@ struct WeightGradients {
     return std::clamp<std::int64_t>(std::min(fit, blocks / threads), 1, 64);
   }
 
-  // Tokens [c0, c1) of x. a(b) are their rows, token by token, for block b.
+  // Tokens [c0, c1) of x. a(b, t, count) are rows [t, t + count) of
+  // what goes with them, token by token, for block b; t counts from c0.
   template <class A>
   void add(std::int64_t c0, std::int64_t c1, std::int64_t b0, std::int64_t b1, A&& a) const {
     static thread_local Scratch memory;
@@ -250,9 +251,7 @@ struct WeightGradients {
         const S* const block = copy + (b - b0) * copy_step<S>(tokens, ld());
         if (sums != nullptr) add_columns(block, tokens, ld(), sums + b * ld(), t0 == 0);
         if (totals != nullptr) {
-          Rows<S> left = a(b);
-          left.data += (t0 - c0) * left.step;
-          add_block(left, tokens, block, totals + b * total_rows * ld(), t0 == 0);
+          add_block(a(b, t0 - c0, tokens), tokens, block, totals + b * total_rows * ld(), t0 == 0);
         }
       }
     }

@@ -50,8 +50,8 @@ struct Memory {
   Memory(std::int64_t m, std::int64_t n, std::int64_t rank, bool whole) {
     static thread_local Scratch scratch;
     const std::int64_t row = padded(n), column = padded(m), kept = whole ? n : rank;
-    double* next =
-        scratch.get<double>(row * (m + n + kept + 12) + column * 2 * kept + padded(kept) * 2);
+    const std::int64_t numbers = row * (m + n + kept + 12) + column * 2 * kept + padded(kept) * 2;
+    double* next = (numbers > (std::int64_t{4} << 20) ? large_ : scratch).get<double>(numbers);
     const auto take = [&next](std::int64_t count) {
       double* taken = next;
       next += count;
@@ -62,6 +62,9 @@ struct Memory {
     values = take(padded(kept)), tau = take(row), d = take(row), e = take(row);
     work = take(8 * row);
   }
+
+ private:
+  Scratch large_;  // goes when the call ends
 };
 
 // A block into `block.a`, divided by a power of two if `scale`. False if it is not finite.
@@ -272,6 +275,9 @@ void decompose(const T* a, const ConstArrayView& blocks, std::int64_t rank, accu
     for (std::int64_t r = 0; r < rank; ++r)
       memory.vectors[r * padded(n) + r] = memory.u[r * padded(m) + r] = 1;
   }
+  const double norm = std::ldexp(std::sqrt(energy), block.exponent);
+  fine = fine && std::isfinite(norm) &&
+         std::isfinite(static_cast<S>(std::ldexp(memory.values[0], block.exponent)));
   if (!fine) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     std::fill_n(u, p * rank, static_cast<S>(nan));
@@ -290,7 +296,7 @@ void decompose(const T* a, const ConstArrayView& blocks, std::int64_t rank, accu
   }
   for (std::int64_t r = 0; r < rank; ++r)
     s[r] = static_cast<S>(std::ldexp(memory.values[r], block.exponent));
-  norms[0] = std::ldexp(std::sqrt(energy), block.exponent);
+  norms[0] = norm;
   norms[1] = std::ldexp(std::sqrt(std::max(left, 0.0)), block.exponent);
 }
 

@@ -70,6 +70,11 @@ void reduce(double* g, std::int64_t n, double* d, double* e, double* tau, double
   const std::int64_t stride = padded(n);
   double *v = work, *w = v + stride, *next = w + stride, *y = next + stride;
   std::fill(work, work + 4 * stride, 0.0);
+  // What is so far below G's norm is left out: the square of 1e-160 has no digits, and a reflection
+  // made of it would not be orthogonal.
+  double trace = 0;
+  for (std::int64_t k = 0; k < n; ++k) trace += g[k * stride + k];
+  const double nothing = 1e-20 * trace * (1e-20 * trace);
   for (std::int64_t k = 0; k < n; ++k) {
     double* row = g + k * stride;
     const std::int64_t begin = (k + 1) / 8 * 8;  // of the columns of what is left, aligned
@@ -84,7 +89,7 @@ void reduce(double* g, std::int64_t n, double* d, double* e, double* tau, double
     const double head = next[k + 1];
     next[k + 1] = 0;
     const double rest = dot(next + begin, next + begin, stride - begin);
-    if (rest > 0) {
+    if (rest > nothing) {
       const double length =
           head > 0 ? -std::sqrt(head * head + rest) : std::sqrt(head * head + rest);
       e[k] = length;

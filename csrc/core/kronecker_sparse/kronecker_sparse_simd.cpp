@@ -131,8 +131,8 @@ struct KroneckerSparse {
       parallel_for(context, blocks / run * per, [&](std::int64_t task) {
         const std::int64_t first = task / per * run, b0 = first + task % per * group,
                            b1 = std::min(b0 + group, first + run);
-        gradients.add(c0, c1, b0, b1, [&](std::int64_t block) {
-          return Rows<S>{from.data + columns(b).base(block), d, from.stride};
+        gradients.add(c0, c1, b0, b1, [&](std::int64_t block, std::int64_t t, std::int64_t) {
+          return Rows<S>{from.data + columns(b).base(block) + t * from.stride, d, from.stride};
         });
         for (std::int64_t block = b0; c1 == tokens && block < b1; ++block) {
           const S* total = gradients.totals + block * b * gradients.ld();
@@ -150,7 +150,7 @@ struct KroneckerSparse {
 
   // Blocks of tokens are summed apart: the rounding grows with their number's square root.
   void column_sums(ConstMatrixView dy, T* to) const {
-    constexpr std::int64_t kColumns = 1024, kTokens = 256;
+    constexpr std::int64_t kColumns = 128, kTokens = 256;
     parallel_for(context, ceil_div(dy.cols, kColumns), [&](std::int64_t task) {
       static thread_local Scratch memory;
       const std::int64_t first = task * kColumns, cols = std::min(kColumns, dy.cols - first),

@@ -72,15 +72,21 @@ struct Monarch {
     return s.R == 1 ? most : std::min(neighbours_of(f), most);
   }
 
-  // y = out(second(first(x))) over all tokens. The hidden units are made at h (blocks of the second
-  // factor, tokens, units), if it is not null.
+  // y = out(second(first(x))) over all tokens. `hidden` (blocks of the second factor, tokens,
+  // units) receives the hidden units, if it is not null.
   template <bool kForward>
   void two_products(F first, F second, const Columns& from, ConstMatrixView x, Output<S, T> out,
-                    S* h) const {
+                    T* hidden) const {
     static thread_local Scratch first_memory, second_memory, h_memory, x_memory;
     const std::int64_t tokens = x.rows, blocks = second.block.size, units = second.depth.size,
                        threads = thread_count(context);
     std::int64_t groups = out.groups(blocks);
+    S* h = nullptr;  // where they are made: in `hidden` itself, or in a tile
+    if constexpr (std::is_same_v<S, T>) h = hidden;
+    const auto keep = [&](const Hidden<S>& made, std::int64_t b, std::int64_t t0, std::int64_t t1) {
+      if (h == nullptr && hidden != nullptr)
+        convert(made.data + b * made.block, hidden + (b * tokens + t0) * units, (t1 - t0) * units);
+    };
     const auto second_product = [&](const Hidden<S>& from_h, std::int64_t at, std::int64_t t0,
                                     std::int64_t t1, std::int64_t index) {
       out.compute(second, from_h.data + at * from_h.ld, from_h.ld, {1, from_h.block, 0, 1}, t0, t1,
@@ -96,6 +102,7 @@ struct Monarch {
                        to_hidden<kForward>(first, rows.data, rows.stride, from, tokens, part * per,
                                            std::min(first.block.size, (part + 1) * per), to, 0);
                      });
+      parallel_parts(blocks, tokens * units, [&](std::int64_t b) { keep(to, b, 0, tokens); });
       parallel_parts(groups, tokens * second.packed_size * out.group(),
                      [&](std::int64_t index) { second_product(to, 0, 0, tokens, index); });
       return;
@@ -115,6 +122,7 @@ struct Monarch {
       for (std::int64_t b = 0; b < first.block.size; b += per)
         to_hidden<kForward>(first, rows.data, rows.stride, from, count, b,
                             std::min(first.block.size, b + per), to, at);
+      for (std::int64_t b = 0; b < blocks; ++b) keep(to, b, t0, t1);
       for (std::int64_t index = 0; index < groups; ++index) second_product(to, at, t0, t1, index);
     });
   }
@@ -133,21 +141,11 @@ struct Monarch {
 
   void forward(ConstMatrixView x, const T* bias, Activation activation, MatrixView y,
                T* hidden) const {
-    static thread_local Scratch bias_memory, hidden_memory;
+    static thread_local Scratch bias_memory;
     Output<S, T> out{y, s.L, s.interleaved_output ? s.J : 1};
     out.activation = activation;
     out.set_bias(bias, s.J, bias_memory);
-    const std::int64_t rows = s.J * x.rows;
-    S* h = nullptr;
-    if constexpr (std::is_same_v<S, T>)
-      h = hidden;
-    else if (hidden != nullptr)
-      h = hidden_memory.get<S>(rows * s.S);
-    two_products<true>(w1(), w2(), of_x(), x, out, h);
-    if (!std::is_same_v<S, T> && hidden != nullptr)
-      parallel_for(context, s.J, [&](std::int64_t j) {
-        convert(h + j * x.rows * s.S, hidden + j * x.rows * s.S, x.rows * s.S);
-      });
+    two_products<true>(w1(), w2(), of_x(), x, out, hidden);
   }
 
   void backward(ConstMatrixView dy, ConstMatrixView x, const T* hidden,
@@ -158,7 +156,7 @@ struct Monarch {
 // some 16 MB, in the last cache.
 inline std::int64_t gradient_chunk(std::int64_t hidden, std::int64_t threads) {
   const std::int64_t fit = (std::int64_t{768} << 10) / std::max<std::int64_t>(hidden, 1);
-  return round_up(std::clamp<std::int64_t>(fit, threads * kTokenTile, std::int64_t{16} << 10),
+  return round_up(std::max(std::min(fit, std::int64_t{16} << 10), threads * kTokenTile),
                   kGradientTokens);
 }
 
@@ -222,19 +220,20 @@ void Monarch<T>::backward(ConstMatrixView dy, ConstMatrixView x, const T* hidden
     parallel_for(context, tasks1 + tasks2, [&](std::int64_t task) {
       if (task < tasks1) {
         const std::int64_t k0 = task * group1, k1 = std::min(s.K, k0 + group1);
-        d1.add(c0, c1, k0, k1,
-               [&](std::int64_t k) { return Rows<S>{g.data + k * g.block, 1, g.ld}; });
+        d1.add(c0, c1, k0, k1, [&](std::int64_t k, std::int64_t t, std::int64_t) {
+          return Rows<S>{g.data + k * g.block + t * g.ld, 1, g.ld};
+        });
         return;
       }
       const std::int64_t j0 = (task - tasks1) * group2, j1 = std::min(s.J, j0 + group2);
-      d2.add(c0, c1, j0, j1, [&](std::int64_t j) {
-        if (make_h) return Rows<S>{h.data + j * h.block, 1, h.ld};
-        const T* const given = hidden + (j * tokens + c0) * s.S;
+      d2.add(c0, c1, j0, j1, [&](std::int64_t j, std::int64_t t, std::int64_t count) {
+        if (make_h) return Rows<S>{h.data + j * h.block + t * h.ld, 1, h.ld};
+        const T* const given = hidden + (j * tokens + c0 + t) * s.S;
         if constexpr (std::is_same_v<S, T>) {
           return Rows<S>{given, 1, s.S};
         } else {
-          S* const wide = wide_memory.get<S>((c1 - c0) * s.S);
-          convert(given, wide, (c1 - c0) * s.S);
+          S* const wide = wide_memory.get<S>(count * s.S);
+          convert(given, wide, count * s.S);
           return Rows<S>{wide, 1, s.S};
         }
       });

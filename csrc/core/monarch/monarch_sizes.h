@@ -13,7 +13,8 @@ struct Sizes {
   std::int64_t R;  // of the canonical form, where q = j R + r and s = k R + r
   bool interleaved_hidden, interleaved_output;
 
-  explicit Sizes(const MonarchWeights& w)
+  // Inlined always: files of several instruction sets include it (cmake/Simd.cmake).
+  [[gnu::always_inline]] explicit Sizes(const MonarchWeights& w)
       : K(w.w1.sizes[0]),
         Q(w.w1.sizes[1] * w.w1.sizes[2]),
         I(w.w1.sizes[3]),
@@ -24,19 +25,19 @@ struct Sizes {
         interleaved_hidden(w.interleaved_hidden),
         interleaved_output(w.interleaved_output) {}
 
-  std::int64_t n() const { return K * I; }
-  std::int64_t m() const { return J * L; }
-  std::int64_t hidden() const { return K * Q; }
+  [[gnu::always_inline]] inline std::int64_t n() const { return K * I; }
+  [[gnu::always_inline]] inline std::int64_t m() const { return J * L; }
+  [[gnu::always_inline]] inline std::int64_t hidden() const { return K * Q; }
 
   // Unit q of input block k is unit `s` of output block `j`.
   struct Place {
     std::int64_t j, s;
   };
-  Place place(std::int64_t k, std::int64_t q) const {
+  [[gnu::always_inline]] inline Place place(std::int64_t k, std::int64_t q) const {
     if (interleaved_hidden) return {(k * Q + q) % J, (k * Q + q) / J};
     return {q / R, k * R + q % R};
   }
-  std::int64_t column(std::int64_t j, std::int64_t l) const {  // of y
+  [[gnu::always_inline]] inline std::int64_t column(std::int64_t j, std::int64_t l) const {  // of y
     return interleaved_output ? l * J + j : j * L + l;
   }
 };
