@@ -100,11 +100,70 @@ float expected(int, int) { return 0.f; }
 """
 
 
+# As ROTATE, by an asynchronous copy; nothing of it is there before its thread has waited.
+COPY = """
+#include "copy.h"
+__global__ void kernel(const float* in, float* out) {
+  SM_DYNAMIC_SHARED(float, tile);
+  const unsigned t = threadIdx.x, i = blockIdx.x * 72 + t;
+  structmat::cuda::copy<4>(tile + t, in + i, 4);
+  structmat::cuda::copy_commit();
+  WAIT;
+  __syncthreads();
+  out[i] = tile[(t + 1) % 72];
+}
+float expected(int block, int t) { return float(block * 72 + (t + 1) % 72); }
+"""
+
+# The product of two matrices of small integers, each number laid where the PTX ISA says
+# (mma.m16n8k16), A read through ldmatrix and, for odd blocks, B through its transposing form.
+MATRICES = """
+#include "copy.h"
+#include "mma.h"
+using structmat::bfloat16;
+bfloat16 number(int v) { return structmat::from_float<bfloat16>(float(v)); }
+int left(int r, int k) { return r * 3 % 7 - k % 5; }
+int right(int k, int c) { return k * 2 % 5 - c; }
+__global__ void kernel(const float*, float* out) {
+  alignas(16) __shared__ bfloat16 a[16][16], b[16][16];
+  const int t = threadIdx.x, lane = t % 32, block = blockIdx.x;
+  if (t < 32)
+    for (int i = lane; i < 256; i += 32) {
+      a[i / 16][i % 16] = number(left(i / 16, i % 16));
+      const int k = block % 2 ? i / 16 : i % 16, c = block % 2 ? i % 16 : i / 16;
+      b[i / 16][i % 16] = number(c < 8 ? right(k, c) : 0);
+    }
+  __syncthreads();
+  if (t >= 32) { out[block * 72 + t] = 0; return; }
+  unsigned x[4], y[4];
+  structmat::cuda::load_matrices<false>(x, &a[lane % 16][lane / 16 * 8]);
+  if (block % 2)
+    structmat::cuda::load_matrices<true>(y, &b[lane / 8 % 2 * 8 + lane % 8][0]);
+  else
+    structmat::cuda::load_matrices<false>(y, &b[lane % 8][lane / 8 % 2 * 8]);
+  float sum[4] = {};
+  structmat::cuda::multiply_16x8x16<bfloat16>(sum, x, y[0], y[1]);
+  // c1 of lane (group, in group) is C(group, 2 in group + 1), c2 is C(group + 8, 2 in group)
+  out[block * 72 + t] = sum[1] + 1000 * sum[2];
+}
+float expected(int, int t) {
+  if (t >= 32) return 0;
+  float one = 0, two = 0;
+  for (int k = 0; k < 16; ++k) {
+    one += float(left(t / 4, k) * right(k, t % 4 * 2 + 1));
+    two += float(left(t / 4 + 8, k) * right(k, t % 4 * 2));
+  }
+  return one + 1000 * two;
+}
+"""
+
+
 def run(folder: Path, kernel: str, *flags: str) -> subprocess.CompletedProcess[str]:
     source, program = folder / "planted.cpp", folder / "planted"
     source.write_text(MAIN.format(kernel=kernel))
     options = ["-std=c++20", "-O1", "-g", "-Wall", "-Werror", "-DSTRUCTMAT_EMULATE"]
-    options += [f"-I{EMULATOR}", f"-I{EMULATOR.parent.parent / 'csrc/core/cuda'}", *flags]
+    folders = ("tests/emulate", "csrc/core/cuda", "csrc/core", "csrc/include")
+    options += [*(f"-I{EMULATOR.parents[1] / folder}" for folder in folders), *flags]
     sources = [source, EMULATOR / "emulate.cpp"]
     subprocess.run([COMPILER, *options, *sources, "-o", program], check=True)
     return subprocess.run([program], capture_output=True, text=True, check=False, timeout=60)
@@ -153,3 +212,12 @@ def test_divergent_barrier(tmp_path: Path) -> None:
 
 def test_shuffle_outside_its_mask(tmp_path: Path) -> None:
     assert "mask leaves out" in run(tmp_path, OUTSIDE_MASK).stdout
+
+
+def test_copies_arrive_when_waited_for(tmp_path: Path) -> None:
+    assert run(tmp_path, COPY, "-DWAIT=structmat::cuda::copy_wait<0>()").stdout == "right\n"
+    assert run(tmp_path, COPY, "-DWAIT=structmat::cuda::copy_wait<1>()").stdout == "wrong\n"
+
+
+def test_matrix_instructions(tmp_path: Path) -> None:
+    assert run(tmp_path, MATRICES).stdout == "right\n"

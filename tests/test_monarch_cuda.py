@@ -3,9 +3,10 @@
 packs that several blocks share, sums over tokens in parts."""
 
 import pytest
+import reference
 import torch
 from conftest import Backend
-from reference import assert_close, exact, make
+from reference import assert_close, gradients, make
 
 import structmat as sm
 
@@ -25,10 +26,22 @@ def factors(K: int, J: int, R: int, I: int, L: int, dtype: torch.dtype, device: 
     )
 
 
-def forward(x: torch.Tensor, W1: torch.Tensor, W2: torch.Tensor) -> torch.Tensor:
-    x, W1, W2 = exact(x), exact(W1), exact(W2)
-    h = torch.einsum("kjri,tki->tkjr", W1, x.unflatten(1, (W1.shape[0], -1)))
-    return torch.einsum("jlkr,tkjr->tjl", W2, h).flatten(1)
+def compare(size: tuple[int, ...], dtype: torch.dtype, device: str, **options: str) -> None:
+    """The result and all gradients, of whole tensors: rows then begin where packs do."""
+    T, K, J, R, I, L = size
+    x = make(T, K * I, dtype=dtype, device=device, layout="contiguous")
+    args = [x, *factors(K, J, R, I, L, dtype, device)]
+    args.append(make(J * L, dtype=dtype, device=device, layout="contiguous"))
+    dy = make(T, J * L, dtype=dtype, device=device, layout="contiguous")
+    with torch.no_grad():
+        inferred = sm.ops.monarch_linear(*args, **options)
+        assert torch.equal(inferred, sm.ops.monarch_linear(*args, **options))
+    y = sm.ops.monarch_linear(*[a.requires_grad_() for a in args], **options)
+    found = (inferred, y, *torch.autograd.grad(y, args, dy))
+    want, grads = gradients(lambda *a: reference.monarch_linear(*a, **options), args, dy)
+    for a, b in zip(found, (want, want, *grads), strict=True):
+        scale = max(1.0, b.square().mean().sqrt().item())
+        assert_close(a, b, dtype, terms=max(T, I + K * R, L + J * R), scale=scale)
 
 
 # Runs of one, two and four numbers make packs with those of other blocks; whole packs; odd sizes;
@@ -51,21 +64,19 @@ def test_one_launch_and_two(
 ) -> None:
     if shared == "two launches" and backend.name == "cuda-emulated":
         monkeypatch.setenv("STRUCTMAT_EMULATE_SHARED", "1000")
-    T, K, J, R, I, L = size
     for dtype in HALF:
-        W1, W2 = factors(K, J, R, I, L, dtype, backend.device)
-        x = make(T, K * I, dtype=dtype, device=backend.device, layout="contiguous")
-        got = sm.ops.monarch_linear(x, W1, W2)
-        assert torch.equal(got, sm.ops.monarch_linear(x, W1, W2))
-        assert_close(got, forward(x, W1, W2), dtype, terms=I + K * R)
+        compare(size, dtype, backend.device)
+
+
+def test_packs_of_interleaved_output(backend: Backend) -> None:
+    size = (19, 2, 8, 3, 8, 5)
+    compare(size, torch.bfloat16, backend.device, output="interleaved", activation="gelu")
 
 
 def test_groups_of_output_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block of the grid takes some of the output blocks where shared memory holds no more."""
     monkeypatch.setenv("STRUCTMAT_EMULATE_SHARED", "20000")
-    W1, W2 = factors(2, 7, 8, 8, 8, torch.bfloat16, backend.device)
-    x = make(35, 16, dtype=torch.bfloat16, device=backend.device, layout="contiguous")
-    assert_close(sm.ops.monarch_linear(x, W1, W2), forward(x, W1, W2), torch.bfloat16, terms=24)
+    compare((35, 2, 7, 8, 8, 8), torch.bfloat16, backend.device)
 
 
 def test_not_a_number_stays_in_its_token(backend: Backend) -> None:
@@ -80,16 +91,5 @@ def test_not_a_number_stays_in_its_token(backend: Backend) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_over_tokens_in_parts(backend: Backend, dtype: torch.dtype) -> None:
     """Gradients of the weights are cut into parts of 256 tokens or more, added in one order."""
-    T, K, J, R, I, L = 600, 2, 1, 3, 4, 5
-    W1, W2 = factors(K, J, R, I, L, dtype, backend.device)
-    x = make(T, K * I, dtype=dtype, device=backend.device)
-    dy = make(T, J * L, dtype=dtype, device=backend.device)
-    leaves = [W1.requires_grad_(), W2.requires_grad_()]
-    found = [torch.autograd.grad(sm.ops.monarch_linear(x, *leaves), leaves, dy) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    exact_leaves = [exact(a).requires_grad_() for a in leaves]
-    h = torch.einsum("kjri,tki->tkjr", exact_leaves[0], exact(x).unflatten(1, (K, I)))
-    y = torch.einsum("jlkr,tkjr->tjl", exact_leaves[1], h).flatten(1)
-    for got, want in zip(found[0], torch.autograd.grad(y, exact_leaves, exact(dy)), strict=True):
-        # 16-bit h and dh are rounded before they are summed
-        assert_close(got, want, dtype, terms=T, scale=want.square().mean().sqrt().item())
+    compare((600, 2, 1, 3, 4, 5), dtype, backend.device)
+    compare((600, 1, 2, 8, 8, 8), dtype, backend.device)

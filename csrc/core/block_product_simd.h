@@ -112,7 +112,7 @@ struct BlockPanels {
 };
 
 // For as many rows weights that lie along the sums are not packed.
-constexpr std::int64_t kFewRows = 8;
+constexpr std::int64_t kFewRows = 6;
 
 // A factor: blocks of `depth` times `width` weights, number (p, o) of block b at
 // data[block.at(b) + depth.at(p) + width.at(o)].
@@ -170,8 +170,20 @@ struct Factor {
     return {*this, to, b0, false};
   }
 
+  // Fetches the weights of block b, where they lie together: short rows are no stream that the
+  // machine would follow.
+  void fetch(std::int64_t b) const {
+    const std::int64_t size = depth.size * width.size;
+    if (b >= block.size || block.stride() != size || (!depth.contiguous() && !width.contiguous()))
+      return;
+    const char* const from = reinterpret_cast<const char*>(data + block.at(b));
+    for (std::int64_t at = 0; at < size * static_cast<std::int64_t>(sizeof(T)); at += 64)
+      __builtin_prefetch(from + at);
+  }
+
   void pack_block(std::int64_t b, S* to) const {
     constexpr int w = kLanes<S>;
+    fetch(b + 1);
     const T* const from = data + block.at(b);
     for (std::int64_t o0 = 0; o0 < width.size; o0 += panel, to += panel * depth.size) {
       const std::int64_t cols = std::min(panel, width.size - o0);
@@ -223,9 +235,11 @@ template <class S, class T>
 void multiply_rows(const typename Factor<S, T>::Ready& ready, std::int64_t b, const Rows<S>& a,
                    int rows, const S* add, S* c, std::int64_t ldc, bool room) {
   const Factor<S, T>& f = ready.f;
-  if (ready.dots && a.step == 1)
+  if (ready.dots && a.step == 1) {
+    f.fetch(b + 1);
     return few_rows_range<S, T, S>(rows, f.depth.size, a.data, a.row_stride, f.data + f.block.at(b),
                                    f.width.stride(), add, c, ldc, 0, f.width.size);
+  }
   const BlockPanels<S> w = ready(b);
   constexpr int lanes = kLanes<S>;
   alignas(64) S edge[kBlockRows * kBlockVecs * lanes];
@@ -244,7 +258,8 @@ void multiply_rows(const typename Factor<S, T>::Ready& ready, std::int64_t b, co
   }
 }
 
-// Fetches what the next block of rows is multiplied by: 0.9 of the time where a comes from memory.
+// Fetches what the next block of rows is multiplied by: 0.9 of the time where a comes from
+// memory.
 template <class S>
 void fetch_ahead(const Rows<S>& a, int rows, std::int64_t depth) {
   if (a.step != 1) return;

@@ -2,7 +2,7 @@
 // One-sided Jacobi, one block of the matrix a thread block: rotations from the left make the rows
 // of the block (or of its transpose, the shorter side along rows) orthogonal, J A = S W^T (Hestenes
 // 1958). In double, whatever the type: rows and J lie side by side in shared memory where they fit,
-// up to 96 x 96 on an H100, else in the workspace.
+// up to 119 x 119 on an H100, else in the workspace.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -30,14 +30,16 @@ struct Tile {
 };
 template <int kRows, int kCols>
 __device__ Tile tile_of_block(const StridedProduct& p, std::int64_t group) {
-  const std::int64_t cols = tiles_of(p.cols, kCols), batches = tiles_of(p.batches, group),
-                     rows = tiles_of(p.rows, kRows);
-  std::int64_t i = blockIdx.x;
+  const auto count = [](std::int64_t n, std::int64_t tile) {  // of fewer than 2^31 tiles in all
+    return static_cast<unsigned>(tiles_of(n, tile));
+  };
+  const unsigned cols = count(p.cols, kCols), batches = count(p.batches, group),
+                 rows = count(p.rows, kRows), i = blockIdx.x / cols;
   Tile tile;
-  tile.col = i % cols * kCols, i /= cols;
-  tile.batch = i % batches * group, i /= batches;
-  tile.row = i % rows * kRows;
-  tile.split = i / rows;
+  tile.col = std::int64_t{blockIdx.x % cols} * kCols;
+  tile.batch = i % batches * group;
+  tile.row = std::int64_t{i / batches % rows} * kRows;
+  tile.split = i / batches / rows;
   tile.height = p.rows - tile.row < kRows ? static_cast<int>(p.rows - tile.row) : kRows;
   tile.width = p.cols - tile.col < kCols ? static_cast<int>(p.cols - tile.col) : kCols;
   tile.begin = tile.split * p.split_inner;
@@ -80,7 +82,8 @@ struct Addresses {
 
 template <class T>
 __device__ const T* operand(const Operand& x, std::int64_t batch) {
-  return static_cast<const T*>(x.data) + x.batch.at(0, batch);
+  // An empty operand may lie nowhere.
+  return x.data == nullptr ? nullptr : static_cast<const T*>(x.data) + x.batch.at(0, batch);
 }
 
 // ---- From the sums of a tile to C ---------------------------------------------------------------

@@ -3,6 +3,7 @@
 #include "kronecker_sparse/kronecker_sparse_simd.h"
 
 #include "block_linear_simd.h"
+#include "kronecker_sparse/kronecker_sparse_columns_simd.h"
 
 namespace structmat {
 namespace {
@@ -53,7 +54,44 @@ struct KroneckerSparse {
     });
   }
 
+  // Blocks too small for vectors of their outputs.
+  bool small() const { return std::min(b, c) <= kSmallBlock; }
+
+  // The weights (a, b, c, d) as numbers of the sums' type, d contiguous: z = W x, or with
+  // `transposed` x and z change places.
+  SmallFactor<S> small_factor(bool transposed, Scratch& memory) const {
+    const T* const from = static_cast<const T*>(weights.data);
+    SmallFactor<S> f{a, b, c, d, nullptr, b * c * d, c * d, d};
+    if (std::is_same_v<S, T> && (weights.strides[3] == 1 || d == 1)) {
+      f.data = reinterpret_cast<const S*>(from);
+      f.stride_a = weights.strides[0], f.stride_r = weights.strides[1];
+      f.stride_p = weights.strides[2];
+    } else {
+      S* to = memory.get<S>(a * b * c * d);
+      f.data = to;
+      for (std::int64_t i = 0; i < a; ++i)
+        for (std::int64_t r = 0; r < b; ++r)
+          for (std::int64_t p = 0; p < c; ++p, to += d) {
+            const T* const line =
+                from + i * weights.strides[0] + r * weights.strides[1] + p * weights.strides[2];
+            if (weights.strides[3] == 1)
+              convert(line, to, d);
+            else
+              for (std::int64_t e = 0; e < d; ++e)
+                convert(line + e * weights.strides[3], to + e, 1);
+          }
+    }
+    if (transposed) {
+      std::swap(f.rows, f.depth);
+      std::swap(f.stride_r, f.stride_p);
+    }
+    return f;
+  }
+
   void forward(ConstMatrixView x, const T* bias, Activation activation, MatrixView y) const {
+    static thread_local Scratch small_memory;
+    if (small() && a * b * d > 0)
+      return small_factor(false, small_memory).product(context, x, bias, activation, y);
     static thread_local Scratch bias_memory;
     Output<S, T> out{y, b, d};
     out.activation = activation;
@@ -63,10 +101,18 @@ struct KroneckerSparse {
 
   void backward(ConstMatrixView dy, ConstMatrixView x,
                 const KroneckerSparseGradients& grads) const {
-    if (grads.x.data != nullptr)
+    static thread_local Scratch small_memory;
+    if (grads.x.data != nullptr && small() && a * c * d > 0)
+      small_factor(true, small_memory)
+          .template product<T>(context, dy, nullptr, Activation::none, grads.x);
+    else if (grads.x.data != nullptr)
       product({weights.data, blocks(), axis(1), axis(2)}, columns(b), dy,
               Output<S, T>{grads.x, c, d});
-    if (grads.w != nullptr) gradient_of_weights(dy, x, static_cast<T*>(grads.w));
+    if (grads.w != nullptr && small() && a * b * c * d > 0)
+      SmallFactor<S>{a, b, c, d, nullptr, 0, 0, 0}.gradient(context, dy, x,
+                                                            static_cast<T*>(grads.w));
+    else if (grads.w != nullptr)
+      gradient_of_weights(dy, x, static_cast<T*>(grads.w));
     if (grads.bias.data != nullptr) column_sums(dy, static_cast<T*>(grads.bias.data));
   }
 

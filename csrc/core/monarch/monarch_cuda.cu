@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/arena.h"
 #include "cuda/column_sums.h"
 #include "cuda/device.h"
 #include "cuda/strided_product.h"

@@ -94,7 +94,8 @@ inline ForwardPlan forward_plan(const Sizes& s, std::int64_t tokens, DType dtype
                                 const DeviceFacts& device) {
   ForwardPlan plan;
   const std::int64_t R = run_of(s);
-  const bool may_fuse = size_of(dtype) == 2 && !with_hidden && R > 0 && tokens > 0;
+  const bool empty = R == 0 || s.I == 0 || s.L == 0 || tokens == 0;
+  const bool may_fuse = size_of(dtype) == 2 && !with_hidden && !empty;
   if (may_fuse && tokens <= kDecodeTokens) {
     const int rows = tokens <= 16 ? 16 : 32;
     const std::int64_t fitting = fitting_blocks(s, R, rows, device.shared_bytes);
