@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activations of a run of numbers in place. fp32: within 4 units in the last place of the exact
+// Activations of a run of numbers in place. fp32: within 6 units in the last place of the exact
 // function of z, tails included; fp64 by the C library. For files under structmat_simd_sources
 // (everything is in an anonymous namespace).
 #pragma once
