@@ -54,6 +54,7 @@ def test_description(tmp_path: Path) -> None:
         "m": 48,
         "n": 48,
         "rank": entry.rank,
+        "n_blocks": None,
         "bias": True,
         "dtype": "bfloat16",
         "predicted_error": entry.predicted_error,

@@ -100,6 +100,21 @@ def test_saved_and_loaded_beside_other_structures(tmp_path: Path) -> None:
         sm.load_pretrained(tmp_path / "out", keep=0.3, model=network())
 
 
+def test_block_diagonal_layers_are_saved_too(tmp_path: Path) -> None:
+    model = network()
+    model[2] = sm.nn.BlockDiagonalLinear(96, 64, 5)  # padded
+    sm.compress(model, 0.5, method="svd", filter="3")
+    sm.save_pretrained(model, tmp_path / "out")
+    x = torch.randn(3, 64)
+    for into in (network(), model):
+        loaded = sm.load_pretrained(tmp_path / "out", model=into)
+        assert repr(loaded[2]) == repr(model[2])
+        with torch.no_grad():
+            assert torch.equal(loaded(x), model(x))
+    with pytest.raises(ValueError, match="the model is a linear layer itself"):
+        sm.compress(sm.nn.BlockDiagonalLinear(8, 8, 2), method="svd")
+
+
 def test_tied_layers_stay_tied() -> None:
     model = network()
     model[3].weight = nn.Parameter(model[3].weight.detach().clone())

@@ -335,6 +335,7 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, threads: int) -
 W, NEXT = torch.ones(2, 3, 4, 1), torch.ones(1, 5, 2, 3)
 BAD = [
     (TypeError, "x must be a tensor, got list", {"x": [1.0]}),
+    (TypeError, "x must be dense, got layout torch.sparse_coo", {"x": torch.eye(8).to_sparse()}),
     (TypeError, "factors must be a list of tensors, got Tensor", {"factors": W}),
     (TypeError, r"factors\[1\] must be a tensor, got int", {"factors": [W, 2]}),
     (TypeError, "x is torch.complex64, wanted one of", {"x": torch.ones(3, 8) + 0j}),
@@ -370,6 +371,8 @@ def test_bad_arguments(error, message: str, change: dict, grad: bool) -> None:
     ("error", "message", "change"),
     [
         (TypeError, "W must be a tensor, got float", {"W": 1.0}),
+        (TypeError, "W must be dense", {"W": torch.ones(2, 3, 4).to_sparse()}),
+        (ValueError, "activation is {}, wanted one of none", {"activation": {}}),
         (ValueError, "W must have 3 dimensions, got 4", {"W": W}),
         (ValueError, r"x has 7 columns, W \(2, 3, 4\) takes 8", {"x": torch.ones(3, 7)}),
         (ValueError, r"bias has shape \(2,\), wanted \(6,\)", {"bias": torch.ones(2)}),

@@ -373,6 +373,7 @@ def test_other_instruction_sets(level: str) -> None:
 
 BAD = [
     (TypeError, "x must be a tensor, got list", {"x": [1.0]}),
+    (TypeError, "x must be dense, got layout torch.sparse_coo", {"x": torch.eye(8).to_sparse()}),
     (TypeError, r"x is torch.int64, wanted one of torch.float32", {"x": torch.ones(3, 6).long()}),
     (TypeError, "U is torch.float64, wanted torch.float32 as x", {"U": torch.ones(4, 2).double()}),
     (ValueError, r"V is on meta, x on cpu", {"V": torch.ones(2, 6, device="meta")}),

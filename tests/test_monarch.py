@@ -285,6 +285,10 @@ def test_other_instruction_sets(level: str) -> None:
 
 BAD = [
     (TypeError, "x must be a tensor, got list", {"x": [1.0]}),
+    (TypeError, "x must be dense, got layout torch.sparse_coo", {"x": torch.eye(8).to_sparse()}),
+    (TypeError, "W1 must be dense", {"W1": torch.ones(2, 3, 2, 4).to_sparse()}),
+    (ValueError, r"activation is \[\], wanted one of none", {"activation": []}),
+    (ValueError, r"output is \[\], wanted blocked", {"output": []}),
     (TypeError, r"x is torch.complex64, wanted one of", {"x": torch.ones(3, 8) + 0j}),
     (TypeError, "W1 is torch.float64, wanted torch.float32 as x", {"W1": torch.ones(4).double()}),
     (ValueError, r"W2 is on meta, x on cpu", {"W2": torch.ones(3, 5, 2, 2, device="meta")}),

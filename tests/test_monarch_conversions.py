@@ -236,3 +236,21 @@ BAD = [
 def test_bad_arguments(message: str, function, arguments: tuple) -> None:
     with pytest.raises(ValueError, match=message):
         function(*arguments)
+
+
+def test_bad_types() -> None:
+    W1, W2 = ones(4, 3, 2, 5), ones(3, 7, 4, 2)
+    chains = sm.kronecker_sparse
+    for message, function, *arguments in [
+        ("to_dense: W2 must be a tensor, got list", sm.monarch.to_dense, W1, [1.0]),
+        ("to_dense: W2 is torch.float64, W1 torch.float32", sm.monarch.to_dense, W1, W2.double()),
+        ("to_btt: W1 must be dense", sm.monarch.to_btt, W1.to_sparse(), W2),
+        ("from_btt: first must be a tensor, got int", sm.monarch.from_btt, 1, W2),
+        ("to_dense: factors must be a list of tensors, got Tensor", chains.to_dense, W1),
+        ("to_dense: factors must be a list of tensors, got int", chains.to_dense, 1),
+        (r"to_dense: factors\[1\] is torch.float64", chains.to_dense, [W1, W2.double()]),
+        ("from_low_rank: V must be a tensor, got str", chains.from_low_rank, ones(2, 2), "V"),
+        (r"from_kronecker: matrices\[0\] must be a tensor", chains.from_kronecker, [1.0]),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            function(*arguments)

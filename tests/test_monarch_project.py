@@ -196,6 +196,50 @@ def test_coupled_inputs(rank: int | None) -> None:
     assert found.error < 1.1 * min(minimise(*start) for start in starts)
 
 
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("full", [False, True])
+def test_rank_without_use_for_the_inputs_goes_to_the_weight(dtype: torch.dtype, full: bool) -> None:
+    """Three rows see three directions of a block: the error on them is zero already."""
+    W, X = torch.randn(20, 24, dtype=torch.float64).to(dtype), torch.randn(3, 24).double()
+    C = X.T @ X
+    inputs = C if full else torch.stack([C[i : i + 6, i : i + 6] for i in range(0, 24, 6)])
+    blocks = blocks_of(exact(W), 4, 4)
+    seen, _ = torch.linalg.qr(blocks @ X.T.unflatten(0, (4, 6))[:, None])
+    spectrum = torch.linalg.svdvals(blocks - seen @ (seen.mT @ blocks))  # of what no row sees
+    for rank in (3, 4, 5):
+        found = sm.monarch.project(W, 4, 4, rank, inputs=inputs)
+        assert torch.equal(found.ranks, torch.full((4, 4), rank))
+        assert relative(W, dense(*found), C) < 64 * UNIT[torch.float32]
+        best = float(spectrum[..., rank - 3 :].norm() / exact(W).norm())
+        assert abs(relative(W, dense(*found)) - best) < 1e-5
+    budget = sm.monarch.project(W, 4, 4, 5, inputs=inputs, ranks="budget")
+    assert int(budget.ranks.sum()) == 16 * 5
+    assert relative(W, dense(*budget)) < 16 * UNIT[dtype]
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e160, 1e300])
+@pytest.mark.parametrize("full", [False, True])
+def test_scales_change_nothing(scale: float, full: bool) -> None:
+    W, C = torch.randn(8, 12, dtype=torch.float64), moments(12)
+    inputs = C if full else torch.stack([C[:6, :6], C[6:, 6:]])
+    wanted = sm.monarch.project(W, 2, 2, 1, inputs=inputs)
+    for found in (
+        sm.monarch.project(W * scale, 2, 2, 1, inputs=inputs),
+        sm.monarch.project(W, 2, 2, 1, inputs=inputs * (scale / 100)),
+    ):
+        assert found.error == pytest.approx(wanted.error, rel=1e-9)
+    found = sm.monarch.project(W * scale, 2, 2, 1, inputs=inputs)
+    torch.testing.assert_close(dense(*found) / scale, dense(*wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_projection_keeps_its_facts() -> None:
+    found = sm.monarch.project(torch.randn(8, 12), 2, 2, 1)
+    moved = found._replace(W1=found.W1.double())
+    assert moved.W1.dtype == torch.float64
+    assert moved.W2 is found.W2
+    assert (moved.error, moved.ranks) == (found.error, found.ranks)
+
+
 def test_sweeps_never_raise_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from structmat.monarch import truncate
 
@@ -225,6 +269,8 @@ def test_project_of_zeros_and_of_layers() -> None:
 
 def test_project_refuses() -> None:
     W, project = torch.randn(12, 20), sm.monarch.project
+    indefinite = torch.eye(20)
+    indefinite[0, 19] = indefinite[19, 0] = 50
     butterfly = sm.monarch.project_blockdiag_butterfly
     C = torch.eye(20)
     for call, error, message in [
@@ -249,6 +295,7 @@ def test_project_refuses() -> None:
         ),
         (lambda: project(W, 4, 3, 1, inputs=C.triu() + C.roll(1)), ValueError, "not symmetric"),
         (lambda: project(W, 4, 3, 1, inputs=-C), ValueError, "negative eigenvalues"),
+        (lambda: project(W, 4, 3, 1, inputs=indefinite), ValueError, "negative eigenvalues"),
         (lambda: project(W, 4, 3, 1, inputs="C"), TypeError, "inputs must be a tensor"),
         (lambda: butterfly(W, 4, 5, 3), ValueError, "q is 5, wanted .* divisible by 3"),
         (lambda: butterfly(W, 4, 3, 5), ValueError, "l is 5, wanted a divisor of 12"),

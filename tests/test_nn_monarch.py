@@ -4,6 +4,7 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -268,6 +269,58 @@ def test_bad_inputs() -> None:
         MonarchLinear(8, 6, 2)(torch.randn(3, 7))
     with pytest.raises(TypeError, match="float64"):
         MonarchLinear(8, 6, 2)(torch.randn(3, 8, dtype=torch.float64))
+    for kind in (MonarchLinear, BlockDiagonalLinear):
+        layer, name = kind(13, 11, 4), kind.__name__
+        for wrong in (torch.randn(3, 12), torch.randn(3, 16), torch.randn(0)):
+            with pytest.raises(ValueError, match=f"{name}: x has .* columns, wanted .* = 13"):
+                layer(wrong)
+        with pytest.raises(TypeError, match=f"{name}: x must be a tensor, got list"):
+            layer([1.0])
+        with pytest.raises(ValueError, match=f"{name}: x must have at least 1 dimension"):
+            layer(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: MonarchLinear(16, 16, True), "MonarchLinear: n_blocks must be an integer"),
+        (lambda: MonarchLinear(16, 16.0), "MonarchLinear: out_features must be an integer"),
+        (lambda: MonarchLinear(16, 16, "4"), "MonarchLinear: n_blocks must .* got str"),
+        (lambda: MonarchLinear(16, 16, 4, rank=1.0), "MonarchLinear: rank must .* got float"),
+        (lambda: MonarchLinear(None, 16), "MonarchLinear: in_features must .* got NoneType"),
+        (lambda: MonarchLinear(16, 16, dtype=torch.int8), "MonarchLinear: dtype is torch.int8"),
+        (lambda: BlockDiagonalLinear(16, 16, True), "BlockDiagonalLinear: n_blocks must .* bool"),
+        (lambda: BlockDiagonalLinear(16, 16, None), "BlockDiagonalLinear: n_blocks must .* None"),
+        (
+            lambda: BlockDiagonalLinear(16, 16, 4, dtype=torch.complex64),
+            "BlockDiagonalLinear: dtype is torch.complex64",
+        ),
+        (lambda: sm.nn.LowRankLinear(16, 16, True), "LowRankLinear: rank must be an integer"),
+        (lambda: sm.nn.LowRankLinear(16, 16, 4, dtype=torch.int8), "LowRankLinear: dtype is"),
+        (lambda: MonarchLinear.from_linear(torch.ones(4, 4)), "MonarchLinear.from_linear: linear"),
+        (lambda: BlockDiagonalLinear.from_linear(nn.Identity(), 2), "got Identity"),
+        (lambda: sm.nn.LowRankLinear.from_linear("W", 2), "LowRankLinear.from_linear: .* got str"),
+        (
+            lambda: MonarchLinear.from_linear(nn.Linear(4, 4), inputs=[1.0]),
+            "MonarchLinear.from_linear: inputs must be a tensor, got list",
+        ),
+    ],
+)
+def test_bad_types(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_bias_is_accepted_by_position() -> None:
+    assert MonarchLinear(16, 16, 4, False).bias is None
+    assert BlockDiagonalLinear(16, 16, 4, False).bias is None
+
+
+@pytest.mark.parametrize(("n", "m", "rank"), [(48, 48, 12), (13, 11, 3)])
+def test_few_inputs_lose_nothing_that_the_rank_can_hold(n: int, m: int, rank: int) -> None:
+    linear = nn.Linear(n, m)
+    layer = MonarchLinear.from_linear(linear, 4, rank=rank, inputs=torch.randn(3, n))
+    torch.testing.assert_close(layer.to_linear().weight, linear.weight)
 
 
 @KINDS

@@ -8,11 +8,12 @@ they return views, which the operator reads as they are, unless they say otherwi
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .monarch.conversions import check_chain
+from .monarch.conversions import check_alike, check_chain
 
 __all__ = [
     "from_blast",
@@ -37,6 +38,7 @@ def to_dense(factors: Sequence[Tensor]) -> Tensor:
         last factor.
 
     Raises:
+        TypeError: anything is no dense tensor, or dtypes differ.
         ValueError: there is no factor, or sizes do not chain.
 
     Example:
@@ -47,10 +49,7 @@ def to_dense(factors: Sequence[Tensor]) -> Tensor:
                 [0., 0., 0., 1., 1., 1.]])
     """
     op = "to_dense"
-    if len(factors) == 0:
-        raise ValueError(f"{op}: factors is empty, wanted at least one")
-    for i, W in enumerate(factors):
-        _check(op, f"factors[{i}]", W, 4)
+    check_alike(op, _named(op, "factors", factors), 4)
     a, _, c, d = factors[0].shape
     n = a * c * d
     dense = torch.eye(n, dtype=factors[0].dtype, device=factors[0].device)
@@ -73,6 +72,7 @@ def from_low_rank(U: Tensor, V: Tensor) -> list[Tensor]:
         V: ``(r, n)``.
 
     Raises:
+        TypeError: anything is no dense tensor, or dtypes differ.
         ValueError: the shapes do not chain.
 
     Example:
@@ -81,8 +81,7 @@ def from_low_rank(U: Tensor, V: Tensor) -> list[Tensor]:
         [torch.Size([1, 2, 3, 1]), torch.Size([1, 4, 2, 1])]
     """
     op = "from_low_rank"
-    _check(op, "U", U, 2)
-    _check(op, "V", V, 2)
+    check_alike(op, {"U": U, "V": V}, 2)
     if U.shape[1] != V.shape[0]:
         raise ValueError(
             f"{op}: U {tuple(U.shape)} has rank {U.shape[1]}, V {tuple(V.shape)} {V.shape[0]}"
@@ -97,6 +96,7 @@ def from_block_diagonal(W: Tensor) -> list[Tensor]:
         W: ``(blocks, q, p)``.
 
     Raises:
+        TypeError: anything is no dense tensor, or dtypes differ.
         ValueError: it has not three dimensions.
 
     Example:
@@ -104,7 +104,7 @@ def from_block_diagonal(W: Tensor) -> list[Tensor]:
         >>> sm.kronecker_sparse.from_block_diagonal(torch.ones(4, 2, 3))[0].shape
         torch.Size([4, 2, 3, 1])
     """
-    _check("from_block_diagonal", "W", W, 3)
+    check_alike("from_block_diagonal", {"W": W}, 3)
     return [W.unsqueeze(-1)]
 
 
@@ -120,6 +120,7 @@ def from_blockdiag_butterfly(w1: Tensor, w2: Tensor) -> list[Tensor]:
         w2: ``(l, s, r)``.
 
     Raises:
+        TypeError: anything is no dense tensor, or dtypes differ.
         ValueError: the shapes do not chain.
 
     Source: ``blockdiag_butterfly_multiply`` of github.com/HazyResearch/fly.
@@ -146,6 +147,7 @@ def from_kronecker(matrices: Sequence[Tensor]) -> list[Tensor]:
         matrices: ``A_1, A_2, ...`` as in ``torch.kron(A_1, torch.kron(A_2, ...))``.
 
     Raises:
+        TypeError: anything is no dense tensor, or dtypes differ.
         ValueError: there is none, or one has not two dimensions.
 
     Example:
@@ -158,10 +160,7 @@ def from_kronecker(matrices: Sequence[Tensor]) -> list[Tensor]:
         True
     """
     op = "from_kronecker"
-    if len(matrices) == 0:
-        raise ValueError(f"{op}: matrices is empty, wanted at least one")
-    for i, A in enumerate(matrices):
-        _check(op, f"matrices[{i}]", A, 2)
+    check_alike(op, _named(op, "matrices", matrices), 2)
     chain = []
     for t in reversed(range(len(matrices))):
         before = prod(A.shape[1] for A in matrices[:t])
@@ -184,6 +183,7 @@ def from_butterfly(twiddle: Tensor, *, increasing_stride: bool = True) -> list[T
         increasing_stride: the order of the levels.
 
     Raises:
+        TypeError: anything is no dense tensor, or dtypes differ.
         ValueError: the shape is not that for a power of two.
 
     Source: ``butterfly_multiply_torch`` of github.com/HazyResearch/butterfly; Dao et al., Learning
@@ -199,7 +199,7 @@ def from_butterfly(twiddle: Tensor, *, increasing_stride: bool = True) -> list[T
                 [ 1., -1., -1.,  1.]])
     """
     op = "from_butterfly"
-    _check(op, "twiddle", twiddle, 4)
+    check_alike(op, {"twiddle": twiddle}, 4)
     levels = len(twiddle)
     if levels == 0 or tuple(twiddle.shape[1:]) != (2 ** (levels - 1), 2, 2):
         raise ValueError(
@@ -227,6 +227,7 @@ def from_btt(cores: Sequence[Tensor]) -> list[Tensor]:
         cores: ``(r_{t+1}, r_t, m_0, .., m_{t-1}, m_t, n_t, n_{t+1}, ..)`` each.
 
     Raises:
+        TypeError: anything is no dense tensor, or dtypes differ.
         ValueError: the shapes do not fit together.
 
     Source: ``BTT`` in ``ops/operators.py`` of github.com/shikaiqiu/compute-better-spent.
@@ -238,11 +239,9 @@ def from_btt(cores: Sequence[Tensor]) -> list[Tensor]:
         [torch.Size([1, 6, 4, 5]), torch.Size([3, 6, 10, 1])]
     """
     op = "from_btt"
+    named = _named(op, "cores", cores)
     count = len(cores)
-    if count == 0:
-        raise ValueError(f"{op}: cores is empty, wanted at least one")
-    for t, core in enumerate(cores):
-        _check(op, f"cores[{t}]", core, count + 3)
+    check_alike(op, named, count + 3)
     m = [core.shape[2 + t] for t, core in enumerate(cores)]
     n = [core.shape[3 + t] for t, core in enumerate(cores)]
     ranks = [1, *(core.shape[1] for core in cores[1:]), 1]
@@ -271,6 +270,7 @@ def from_blast(B: Tensor, C: Tensor, D: Tensor) -> list[Tensor]:
         D: ``(b1, b2, r)``; of the published ``(r, b1, b2)`` it is ``permute(1, 2, 0)``.
 
     Raises:
+        TypeError: anything is no dense tensor, or dtypes differ.
         ValueError: the shapes do not fit together.
 
     Source: Lee et al., BLAST: Block-Level Adaptive Structured Matrices for Efficient Deep Neural
@@ -283,8 +283,7 @@ def from_blast(B: Tensor, C: Tensor, D: Tensor) -> list[Tensor]:
         [torch.Size([5, 4, 6, 1]), torch.Size([1, 2, 5, 4]), torch.Size([2, 3, 4, 1])]
     """
     op = "from_blast"
-    for name, tensor in (("B", B), ("C", C), ("D", D)):
-        _check(op, name, tensor, 3)
+    check_alike(op, {"B": B, "C": C, "D": D}, 3)
     if tuple(D.shape) != (B.shape[0], C.shape[0], B.shape[2]) or C.shape[1] != B.shape[2]:
         raise ValueError(
             f"{op}: B is {tuple(B.shape)}, C is {tuple(C.shape)} and D is {tuple(D.shape)}, wanted "
@@ -293,6 +292,10 @@ def from_blast(B: Tensor, C: Tensor, D: Tensor) -> list[Tensor]:
     return [C.unsqueeze(-1), D.unsqueeze(0), B.unsqueeze(-1)]
 
 
-def _check(op: str, name: str, tensor: Tensor, dimensions: int) -> None:
-    if tensor.dim() != dimensions:
-        raise ValueError(f"{op}: {name} must have {dimensions} dimensions, got {tensor.dim()}")
+def _named(op: str, name: str, given: Any) -> dict[str, Any]:
+    """The tensors of a list, by name."""
+    if isinstance(given, Tensor) or not hasattr(given, "__getitem__"):
+        raise TypeError(f"{op}: {name} must be a list of tensors, got {type(given).__name__}")
+    if len(given) == 0:
+        raise ValueError(f"{op}: {name} is empty, wanted at least one")
+    return {f"{name}[{i}]": tensor for i, tensor in enumerate(given)}

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..nn import LowRankLinear, MonarchLinear
+from ..nn import BlockDiagonalLinear, LowRankLinear, MonarchLinear
 from .folder import entries, replacing
-from .layers import bias_of, is_linear, replace, weight_of
+from .layers import STRUCTURED, bias_of, is_linear, replace, weight_of
 from .report import CompressionReport, LayerReport, attach, attached
 from .shrink import shrink
 
@@ -140,10 +140,12 @@ def load_pretrained(
 
 def _layer(stored: dict[str, Any]) -> nn.Module:
     """A layer of the shape stored, without numbers."""
-    m, n, rank, blocks = (stored[key] for key in ("m", "n", "rank", "n_blocks"))
+    m, n, rank, blocks, bias = (stored[key] for key in ("m", "n", "rank", "n_blocks", "bias"))
     if blocks is None:
-        return LowRankLinear(n, m, rank, bias=stored["bias"], device="meta")
-    return MonarchLinear(n, m, blocks, rank=rank, bias=stored["bias"], device="meta")
+        return LowRankLinear(n, m, rank, bias, device="meta")
+    if rank is None:
+        return BlockDiagonalLinear(n, m, blocks, bias, device="meta")
+    return MonarchLinear(n, m, blocks, bias, rank=rank, device="meta")
 
 
 class _Stored(NamedTuple):
@@ -158,20 +160,20 @@ def _describe(model: nn.Module, shared: dict[str, str]) -> dict[str, Any]:
     known = {layer.name: (layer, report) for report in reports for layer in report.layers}
     first_names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LowRankLinear | MonarchLinear):
+        if isinstance(module, STRUCTURED):
             first_names.setdefault(id(next(module.parameters())), []).append(name)
     layers = []
     for places in first_names.values():
         module = model.get_submodule(places[0])
-        assert isinstance(module, LowRankLinear | MonarchLinear)
+        assert isinstance(module, STRUCTURED)
         layer, report = next((known[name] for name in places if name in known), (None, None))
         layers.append(
             {
                 "places": places,
                 "m": module.out_features,
                 "n": module.in_features,
-                "rank": module.rank,
-                "n_blocks": module.n_blocks if isinstance(module, MonarchLinear) else None,
+                "rank": getattr(module, "rank", None),
+                "n_blocks": getattr(module, "n_blocks", None),
                 "bias": module.bias is not None,
                 "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
                 "predicted_error": layer.predicted_error if layer else None,
@@ -260,7 +262,7 @@ def _check(model: nn.Module, layers: list[dict[str, Any]], state: dict[str, Tens
                 old = model.get_submodule(place)
             except AttributeError as error:
                 raise ValueError(f"load_pretrained: the model has no layer {place}") from error
-            if isinstance(old, LowRankLinear | MonarchLinear):
+            if isinstance(old, STRUCTURED):
                 found = (old.out_features, old.in_features)
             elif is_linear(old):
                 a, b = weight_of(old).shape

@@ -10,7 +10,6 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from ..nn import LowRankLinear, MonarchLinear
 from .allocate import largest_rank, parameters, uniform_rank
 from .calibrate import (
     Batch,
@@ -26,7 +25,7 @@ from .calibrate import (
     run,
     without_bias,
 )
-from .layers import Filter, Target, bias_of, find_targets, replace
+from .layers import STRUCTURED, Filter, Target, bias_of, find_targets, replace
 from .memory import PeakMemory
 from .monarch import projected
 from .plan import Plan, allocate, counter, factored, make
@@ -253,7 +252,7 @@ def _check_options(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model must be an nn.Module, got {type(model).__name__}")
-    if type(model) in (nn.Linear, LowRankLinear, MonarchLinear):
+    if type(model) in (nn.Linear, *STRUCTURED):
         raise ValueError(
             "compress: the model is a linear layer itself, which has no place to be replaced in; "
             "use the from_linear of structmat.nn.LowRankLinear or MonarchLinear"

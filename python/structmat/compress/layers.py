@@ -10,9 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..nn import LowRankLinear, MonarchLinear
+from ..nn import BlockDiagonalLinear, LowRankLinear, MonarchLinear
 from .factor import Factors
 
+STRUCTURED = (LowRankLinear, MonarchLinear, BlockDiagonalLinear)
 Filter = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 
@@ -151,10 +152,7 @@ def replace(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
         old = model.get_submodule(name)
         for part, parameter in layer.named_parameters():
-            if isinstance(old, LowRankLinear | MonarchLinear):
-                weight = next(old.parameters())
-            else:
-                weight = weight_of(old)
+            weight = next(old.parameters()) if isinstance(old, STRUCTURED) else weight_of(old)
             source = bias_of(old) if part == "bias" else weight
             parameter.requires_grad_((weight if source is None else source).requires_grad)
         layer.train(old.training)

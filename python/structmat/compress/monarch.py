@@ -80,7 +80,7 @@ def _project(plan: Plan, moment: Tensor | None) -> None:
         ridge = _RIDGE * moment.diagonal().mean()
         damped = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
         W1, W2 = project(W, N, N, R, inputs=damped)
-        E = W.double() - to_dense(W1, W2)
+        E = W.double() - to_dense(W1.double(), W2.double())
         lost, whole = ((A @ moment * A).sum().clamp_min(0) for A in (E, W.double()))
         error = float((lost / whole).sqrt()) if float(whole) > 0 else 0.0
     plan.error = torch.tensor([error], dtype=torch.float64)

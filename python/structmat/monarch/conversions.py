@@ -5,8 +5,12 @@ All are differentiable and return views where the strides allow, which the opera
 are.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ..ops.arguments import check_dimensions
 
 
 def from_blockdiag_butterfly(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,6 +34,7 @@ def from_blockdiag_butterfly(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
         ``W1 (K, J, R, I)`` and ``W2 (J, L, K, R)``.
 
     Raises:
+        TypeError: a factor is no dense tensor, or their dtypes differ.
         ValueError: the shapes do not chain, or ``l`` does not divide ``q``.
 
     Source: ``blockdiag_butterfly_multiply`` of github.com/HazyResearch/fly.
@@ -58,9 +63,7 @@ def from_blockdiag_butterfly(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_chain(op: str, w1: Tensor, w2: Tensor) -> None:
-    for name, w in (("w1", w1), ("w2", w2)):
-        if w.dim() != 3:
-            raise ValueError(f"{op}: {name} must have 3 dimensions, got {w.dim()}")
+    check_alike(op, {"w1": w1, "w2": w2}, 3)
     if w1.shape[0] * w1.shape[1] != w2.shape[0] * w2.shape[2]:
         raise ValueError(
             f"{op}: w1 is {tuple(w1.shape)} and w2 is {tuple(w2.shape)}, wanted (k, q, p) and "
@@ -82,6 +85,7 @@ def to_blockdiag_butterfly(W1: Tensor, W2: Tensor) -> tuple[Tensor, Tensor]:
         ``w1 (K, R J, I)`` and ``w2 (J, L, K R)``.
 
     Raises:
+        TypeError: a factor is no dense tensor, or their dtypes differ.
         ValueError: the shapes do not fit together.
 
     Example:
@@ -110,6 +114,7 @@ def from_btt(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         ``W1 (K, J, R, I)`` and ``W2 (J, L, K, R)``.
 
     Raises:
+        TypeError: a factor is no dense tensor, or their dtypes differ.
         ValueError: the shapes do not chain.
 
     Source: ``btt_mvm`` of github.com/shikaiqiu/compute-better-spent; Qiu et al., Compute Better
@@ -122,9 +127,7 @@ def from_btt(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         (torch.Size([4, 3, 2, 5]), torch.Size([3, 7, 4, 2]))
     """
     op = "from_btt"
-    for name, w in (("first", first), ("second", second)):
-        if w.dim() != 3:
-            raise ValueError(f"{op}: {name} must have 3 dimensions, got {w.dim()}")
+    check_alike(op, {"first": first, "second": second}, 3)
     (K, _, jr), (J, kr, _) = first.shape, second.shape
     if K == 0 or J == 0 or jr % J or kr % K or jr // J != kr // K:
         raise ValueError(
@@ -149,6 +152,7 @@ def to_btt(W1: Tensor, W2: Tensor) -> tuple[Tensor, Tensor]:
         ``(K, I, J R)`` and ``(J, K R, L)``.
 
     Raises:
+        TypeError: a factor is no dense tensor, or their dtypes differ.
         ValueError: the shapes do not fit together.
 
     Example:
@@ -176,6 +180,7 @@ def to_dense(W1: Tensor, W2: Tensor, *, output: str = "blocked") -> Tensor:
         ``(J L, K I)``.
 
     Raises:
+        TypeError: a factor is no dense tensor, or their dtypes differ.
         ValueError: the shapes do not fit together, or ``output`` is unknown.
 
     Example:
@@ -186,7 +191,7 @@ def to_dense(W1: Tensor, W2: Tensor, *, output: str = "blocked") -> Tensor:
         True
     """
     op = "to_dense"
-    if output not in ("blocked", "interleaved"):
+    if not isinstance(output, str) or output not in ("blocked", "interleaved"):
         raise ValueError(f"{op}: output is {output!r}, wanted blocked or interleaved")
     check_factors(op, W1, W2)
     K, J, _, I = W1.shape
@@ -196,12 +201,26 @@ def to_dense(W1: Tensor, W2: Tensor, *, output: str = "blocked") -> Tensor:
 
 
 def check_factors(op: str, W1: Tensor, W2: Tensor) -> None:
-    for name, w in (("W1", W1), ("W2", W2)):
-        if w.dim() != 4:
-            raise ValueError(f"{op}: {name} must have 4 dimensions, got {w.dim()}")
+    check_alike(op, {"W1": W1, "W2": W2}, 4)
     K, J, R, _ = W1.shape
     if (W2.shape[0], *W2.shape[2:]) != (J, K, R):
         raise ValueError(
             f"{op}: W1 is {tuple(W1.shape)} and W2 is {tuple(W2.shape)}, wanted (K, J, R, I) and "
             "(J, L, K, R)"
         )
+
+
+def check_alike(op: str, given: dict[str, Any], dimensions: int) -> None:
+    """Raises unless all are dense tensors of so many dimensions and one dtype and device."""
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{op}: {name} must be dense, got layout {tensor.layout}")
+        check_dimensions(op, name, tensor, dimensions)
+    first, like = next(iter(given.items()))
+    for name, tensor in given.items():
+        if tensor.dtype != like.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, {first} {like.dtype}")
+        if tensor.device != like.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {like.device}")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Monarch matrix nearest to a dense one."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,10 @@ class MonarchProjection(_Factors):
         error: ``||W - M||_F / ||W||_F`` of the Monarch matrix ``M``, from what the SVDs left out;
             with second moments C of the inputs, ``||(W - M) C^(1/2)||_F / ||W C^(1/2)||_F``. Of
             the factors before they were rounded to the dtype of W, which adds about its eps.
-        ranks: ``(K, J)``, the rank of each block.
+        ranks: ``(K, J)``, the rank each block was given. Under a budget with second moments, full
+            ones too, by the singular values of the block weighted by its own inputs alone.
+
+    ``_replace`` carries both over as they are.
 
     Example:
         >>> import torch, structmat as sm
@@ -36,6 +40,9 @@ class MonarchProjection(_Factors):
 
     error: float
     ranks: Tensor
+
+    def _replace(self, **factors: Any) -> "MonarchProjection":
+        return _result(*super()._replace(**factors), self)
 
 
 def project(
@@ -64,14 +71,16 @@ def project(
             hidden units are about as many as ``min(m, n)``: ``min(m, n) / (K J)``, at least 1.
         ranks: ``"budget"`` lets ranks differ: of all singular values of all blocks the ``K J R``
             largest are kept, which is optimal for that number of hidden units. Factors have the
-            largest rank for R then, with zeros where a block's own is less.
+            largest rank for R then, with zeros where a block's own is less. With inputs the values
+            are those of ``W_jk C_kk^(1/2)``, also for full moments, whose sweeps keep the ranks.
         inputs: second moments of the layer's inputs, ``E[x x^T]`` or their sum: minimises the
             expected ``||(W - M) x||^2`` instead. Of shape ``(K, I, I)``, the diagonal blocks
             alone: closed form, the truncated SVD of ``W_jk C_kk^(1/2)``. Of shape ``(n, n)``:
             starts there and then solves for one input block after the other; the error never grows
             in a sweep over them, and the sweeps end when one takes less than 0.5 % of the squared
-            error, after at most 50. That is a stationary point, not always the global optimum. C
-            may be singular.
+            error, after at most 50. That is near a stationary point, not always the global optimum.
+            C may be singular: rank of a block that no input has a use for then goes to what is left
+            of the weight itself.
 
     Returns:
         ``W1 (K, J, R, I)`` and ``W2 (J, L, K, R)`` for :func:`structmat.ops.monarch_linear`, of the
@@ -80,8 +89,8 @@ def project(
     Raises:
         TypeError: W or inputs is no dense tensor of one of these dtypes; K, J or R no integer.
         ValueError: W is not 2-D or has no entries; K does not divide n, or J m; R, ranks or the
-            shape or device of inputs is none of the above; inputs is not symmetric, or a diagonal
-            block of it has negative eigenvalues.
+            shape or device of inputs is none of the above; inputs is not symmetric, or has negative
+            eigenvalues.
         torch.linalg.LinAlgError: NaN or Inf in W or in inputs.
 
     Cost: with b the shorter and c the longer side of a block, ``K J (c b^2 + 4/3 b^3)`` FLOPs in
@@ -183,7 +192,7 @@ def project_blockdiag_butterfly(
     return _result(w1.view(k, q, p).to(W.dtype), w2.mT.to(W.dtype).contiguous(), found)
 
 
-def _result(W1: Tensor, W2: Tensor, found: Truncated) -> MonarchProjection:
+def _result(W1: Tensor, W2: Tensor, found: Truncated | MonarchProjection) -> MonarchProjection:
     result = MonarchProjection(W1, W2)
     result.error, result.ranks = found.error, found.ranks
     return result
@@ -225,8 +234,7 @@ def _check_divisor(name: str, count: Any, size: int, what: str, op: str) -> None
     check_integer(name, count, op)
     if count < 1 or size % count:
         raise ValueError(
-            f"{op}: {name} is {count}, wanted a divisor of {size}, the number of {what} of W; "
-            "structmat.nn.MonarchLinear pads a layer of other sizes"
+            f"{op}: {name} is {count}, wanted a divisor of {size}, the number of {what} of W"
         )
 
 
@@ -240,11 +248,13 @@ def _check_moments(inputs: Any, K: int, I: int, device: torch.device, op: str) -
     if inputs.device != device:
         raise ValueError(f"{op}: inputs is on {inputs.device}, W on {device}")
     C = inputs.detach().double()
-    if not bool(C.isfinite().all()):
+    largest = float(C.abs().max())
+    if not math.isfinite(largest):
         raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
             f"{op}: inputs contains NaN or Inf"
         )
-    rounding = 8 * torch.finfo(inputs.dtype).eps * float(C.abs().max())
+    C = C / (largest or 1.0)  # scales change nothing, but may overflow
+    rounding = 8 * torch.finfo(inputs.dtype).eps
     if bool(((C - C.mT).abs() > rounding).any()):
         raise ValueError(f"{op}: inputs is not symmetric, wanted second moments E[x x^T]")
     return (C + C.mT) / 2

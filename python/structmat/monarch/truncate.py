@@ -9,11 +9,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .block_svd import block_svd
 
 _SWEEPS = 50
 _LEAST_DECREASE = 5e-3
+_ROUNDING = 1e-6  # of the largest eigenvalue and for each row: that of sums kept in float32
+_NEGATIVE = "inputs has negative eigenvalues, wanted second moments E[x x^T]"
+_LEAST_ERROR = 1e-14  # squared: singular vectors in float32 know no better
 
 
 class Truncated(NamedTuple):
@@ -21,6 +25,10 @@ class Truncated(NamedTuple):
     V: Tensor
     ranks: Tensor
     error: float  # relative: ||M - U V||_F, or the norm of the outputs' difference
+
+    def _scaled_back(self, scale: float) -> "Truncated":
+        root = scale**0.5
+        return self._replace(U=self.U * root, V=self.V * root)
 
 
 class _Parts(NamedTuple):
@@ -60,18 +68,59 @@ def truncate_weighted(
 
     With ``C_k = P P^T`` this is the truncated SVD of ``M P``. Its left vectors ``U`` are kept, and
     ``V = U^T M`` needs no inverse of ``P``; where inputs never go it is the best there is, too.
+    Rank that ``M P`` has no use for goes to the rest, ``M - U V``, which no input sees.
     """
     P, _ = _roots(moments, op)
-    return _truncate_by_roots(M, ranks, budget, P, op)
+    scaled, scale = _scaled(M)
+    return _truncate_by_roots(scaled, ranks, budget, P, M.dtype, op)._scaled_back(scale)
 
 
 def _truncate_by_roots(
-    M: Tensor, ranks: Tensor | int, budget: int | None, P: Tensor, op: str
+    M: Tensor, ranks: Tensor | int, budget: int | None, P: Tensor, dtype: torch.dtype, op: str
 ) -> Truncated:
-    target = M.double() @ P[:, None]
-    parts = _parts(target if M.dtype == torch.float64 else _rounded(target), ranks, budget, op)
-    U, V = _balanced(parts.U.double() * (parts.S > 0)[..., None, :], M.double())
+    target = M @ P[:, None]
+    if dtype != torch.float64:
+        target = _rounded(target)
+    U, V, parts = _fitted(target, M, ranks, budget, op)
     return Truncated(U, V, parts.ranks, _ratio(parts.left, parts.whole))
+
+
+def _fitted(
+    target: Tensor, M: Tensor, ranks: Tensor | int, budget: int | None, op: str
+) -> tuple[Tensor, Tensor, _Parts]:
+    """``U U^T M`` for the left vectors of the target, and of what is left of M its best
+    approximation by the rank that the target leaves unused. With the ranks now used."""
+    parts = _parts(target, ranks, budget, op)
+    eps = torch.finfo(parts.S.dtype).eps
+    noise = 2 * eps * parts.S[..., :1]  # vectors are made of rounding errors there
+    used = noise < parts.S
+    U = parts.U.double() * used[..., None, :]
+    V = U.mT @ M
+    first = used.sum(-1)
+    unused = parts.ranks - first
+    more = int(unused.sum()) if budget is None else budget - int(first.sum())
+    if more > 0:
+        rest = M - U @ V
+        others = _parts(rest.to(target.dtype), unused, None if budget is None else more, op)
+        width = parts.S.shape[-1]
+        if budget is not None:
+            least = 4 * eps * torch.linalg.matrix_norm(M)[..., None]
+            parts = parts._replace(ranks=first + (least < others.S).sum(-1))
+            width = max(1, int(parts.ranks.max()))
+        column = torch.arange(width, device=M.device)
+        place = (column - first[..., None]).clamp(0, others.S.shape[-1] - 1)
+        free = (column >= first[..., None]) & (column < parts.ranks[..., None])
+        u = others.U.double().take_along_dim(place[..., None, :], -1) * free[..., None, :]
+        grown = width - U.shape[-1]  # columns cut off are zero
+        U, V = pad(U, (0, grown)) + u, pad(V, (0, 0, 0, grown)) + u.mT @ rest
+    return *_balanced(U, V), parts
+
+
+def _scaled(M: Tensor) -> tuple[Tensor, float]:
+    """In float64, of largest entry one: sums of squares neither overflow nor vanish."""
+    largest = float(M.abs().max())
+    scale = largest if largest != 0 else 1.0
+    return M.double() / scale, scale
 
 
 def _rounded(target: Tensor) -> Tensor:
@@ -92,23 +141,27 @@ def truncate_full(
     once a sweep over all blocks takes less than 0.5 % of it.
     """
     K, J, L, I = M.shape
+    _check_semidefinite(moment, op)
     diagonal = moment.view(K, I, K, I).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     P, inverses = _roots(diagonal, op)
-    U, V, ranks, _ = _truncate_by_roots(M, ranks, budget, P, op)
-    wanted = M.double().permute(1, 2, 0, 3).reshape(J * L, K * I)
+    scaled, scale = _scaled(M)
+    U, V, ranks, _ = _truncate_by_roots(scaled, ranks, budget, P, M.dtype, op)
+    wanted = scaled.permute(1, 2, 0, 3).reshape(J * L, K * I)
     total = _weighted_square(wanted, moment)
     E = wanted - (U @ V).permute(1, 2, 0, 3).reshape(J * L, K * I)
     left = _weighted_square(E, moment)
-    for _ in range(_SWEEPS if float(left) > 0 else 0):
+    for _ in range(_SWEEPS):
+        if not float(left) > _LEAST_ERROR * float(total):
+            break
         before = left
         for k in range(K):
             own = slice(k * I, (k + 1) * I)
             C, block = diagonal[k], wanted[:, own]
             G = E @ moment[:, own] - E[:, own] @ C
             target, pulled = block @ P[k] + G @ inverses[k], block + G @ inverses[k] @ inverses[k].T
-            parts = _parts(_rounded(target).view(1, J, L, I), ranks[k : k + 1], None, op)
-            u, v = _balanced(
-                parts.U.double() * (parts.S > 0)[..., None, :], pulled.view(1, J, L, I)
+            shape = (1, J, L, I)
+            u, v, _ = _fitted(
+                _rounded(target).view(shape), pulled.view(shape), ranks[k : k + 1], None, op
             )
             after = block - (u @ v).view(J * L, I)
             # What E and G make of the sum is all of it that block k has a part in.
@@ -122,7 +175,8 @@ def truncate_full(
         if not float(left) < float(before) * (1 - _LEAST_DECREASE):
             break
     left = _weighted_square(E, moment)
-    return Truncated(U, V, ranks, float((left / total).sqrt()) if float(total) > 0 else 0.0)
+    error = float((left / total).sqrt()) if float(total) > 0 else 0.0
+    return Truncated(U, V, ranks, error)._scaled_back(scale)
 
 
 def _parts(M: Tensor, ranks: Tensor | int, budget: int | None, op: str) -> _Parts:
@@ -172,11 +226,10 @@ def _cut(U: Tensor, S: Tensor, Vh: Tensor, norms: Tensor, ranks: Tensor) -> _Par
     )
 
 
-def _balanced(U: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
-    """``U U^T M`` with columns of U and rows of V of equal lengths; zero columns stay zero."""
-    V = U.mT @ M
-    length = torch.linalg.vector_norm(V, dim=-1)
-    root = length.sqrt()
+def _balanced(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product for orthonormal columns of U, or zero ones: with those of U and rows of V of
+    equal lengths; zero rows make zero columns."""
+    root = torch.linalg.vector_norm(V, dim=-1).sqrt()
     inverse = torch.where(root > 0, 1 / root, 0)
     return U * root[..., None, :], V * inverse[..., None]
 
@@ -185,12 +238,20 @@ def _roots(moments: Tensor, op: str) -> tuple[Tensor, Tensor]:
     """P with ``C = P P^T`` and, on C's range, ``P^-T``."""
     values, Q = torch.linalg.eigh(moments)
     largest = values[..., -1:].clamp_min(0)
-    # Rounding, that of sums kept in float32 included.
-    if bool((values < -1e-6 * values.shape[-1] * largest).any()):
-        raise ValueError(f"{op}: inputs has negative eigenvalues, wanted second moments E[x x^T]")
+    if bool((values < -_ROUNDING * values.shape[-1] * largest).any()):
+        raise ValueError(f"{op}: {_NEGATIVE}")
     positive = values > values.shape[-1] * torch.finfo(values.dtype).eps * largest
     root = torch.where(positive, values, 0).sqrt()
     return Q * root[..., None, :], Q * torch.where(positive, 1 / root, 0)[..., None, :]
+
+
+def _check_semidefinite(moment: Tensor, op: str) -> None:
+    """By Cholesky of a slightly larger matrix: ``n^3 / 3`` FLOPs, a tenth of its eigenvalues'."""
+    n = len(moment)
+    raised = moment.clone()
+    raised.diagonal().add_(_ROUNDING * n * raised.diagonal().max().clamp_min(torch.finfo().tiny))
+    if bool(torch.linalg.cholesky_ex(raised).info):
+        raise ValueError(f"{op}: {_NEGATIVE}")
 
 
 def _weighted_square(E: Tensor, moment: Tensor) -> Tensor:

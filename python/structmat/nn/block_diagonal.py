@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .blocks import Blocks, check_sizes
+from ..linalg.svd import check_integer
+from .blocks import Blocks, check_dtype, check_sizes
 from .convert import dense_like, finite_weight
 from .product import product
 
@@ -36,6 +37,7 @@ class BlockDiagonalLinear(nn.Module):
         weight: the block-diagonal ``(m, n)`` matrix, made when it is used.
 
     Raises:
+        TypeError: a size is no integer, or dtype none of float32, float64, bfloat16 and float16.
         ValueError: a size is below one, or ``n_blocks`` above ``min(m, n)``.
 
     Cost: ``2 m n / N`` FLOPs a row, see :func:`structmat.ops.block_diagonal_linear`.
@@ -63,7 +65,9 @@ class BlockDiagonalLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_integer("n_blocks", n_blocks, "BlockDiagonalLinear")
         check_sizes("BlockDiagonalLinear", in_features, out_features, n_blocks)
+        check_dtype("BlockDiagonalLinear", dtype)
         self.in_features, self.out_features, self.n_blocks = in_features, out_features, n_blocks
         self._inputs, self._outputs = Blocks(in_features, n_blocks), Blocks(out_features, n_blocks)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -110,7 +114,7 @@ class BlockDiagonalLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self._outputs.pad(self.bias)
-        y = ops.block_diagonal_linear(self._inputs.pad(x), self.W, bias)
+        y = ops.block_diagonal_linear(self._inputs.pad(x, "BlockDiagonalLinear"), self.W, bias)
         return self._outputs.cut(y)
 
     @classmethod
@@ -123,6 +127,7 @@ class BlockDiagonalLinear(nn.Module):
             n_blocks: as that of the constructor.
 
         Raises:
+            TypeError: ``linear`` is no ``nn.Linear``.
             ValueError: bad ``n_blocks``, NaN or Inf in the weight.
         """
         W = finite_weight("BlockDiagonalLinear.from_linear", linear)

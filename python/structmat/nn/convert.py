@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 
 def finite_weight(op: str, linear: nn.Linear) -> Tensor:
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{op}: linear must be an nn.Linear, got {type(linear).__name__}")
     weight = linear.weight.detach()
     if not torch.isfinite(weight).all():
         raise ValueError(f"{op}: the weight has NaN or Inf")
@@ -14,7 +16,9 @@ def finite_weight(op: str, linear: nn.Linear) -> Tensor:
 
 def finite_rows(op: str, linear: nn.Linear, inputs: Tensor) -> Tensor:
     """Samples ``(..., n)`` of the inputs of a layer as float64 rows on its device."""
-    if inputs.shape[-1] != linear.in_features or inputs.numel() == 0:
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"{op}: inputs must be a tensor, got {type(inputs).__name__}")
+    if inputs.dim() == 0 or inputs.shape[-1] != linear.in_features or inputs.numel() == 0:
         raise ValueError(
             f"{op}: inputs must be (..., n) with at least one row and "
             f"n = {linear.in_features}, got {tuple(inputs.shape)}"

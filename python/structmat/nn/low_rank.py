@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..linalg.svd import check_integer
+from .blocks import check_dtype, check_sizes
 from .convert import dense_like, finite_rows, finite_weight
 from .product import product
 
@@ -33,6 +35,7 @@ class LowRankLinear(nn.Module):
         weight: ``U V (m, n)``, computed when it is used.
 
     Raises:
+        TypeError: a size is no integer, or dtype none of float32, float64, bfloat16 and float16.
         ValueError: a size is below one, or ``rank`` above ``min(m, n)``.
 
     Cost: ``2 r (m + n)`` FLOPs a row, see :func:`structmat.ops.low_rank_linear`.
@@ -62,10 +65,9 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if in_features < 1 or out_features < 1:
-            raise ValueError(
-                f"LowRankLinear: sizes must be positive, got {in_features} in, {out_features} out"
-            )
+        check_sizes("LowRankLinear", in_features, out_features, None)
+        check_integer("rank", rank, "LowRankLinear")
+        check_dtype("LowRankLinear", dtype)
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(
                 f"LowRankLinear: rank must be from 1 to {min(in_features, out_features)} for "
@@ -124,11 +126,13 @@ class LowRankLinear(nn.Module):
                 (truncated SVD).
 
         Raises:
+            TypeError: ``linear`` is no ``nn.Linear``, ``inputs`` no tensor, or ``rank`` no integer.
             ValueError: bad rank, no rows in ``inputs``, wrong width, NaN or Inf in either.
         """
         from ..compress import factor
 
         W = finite_weight("LowRankLinear.from_linear", linear)
+        check_integer("rank", rank, "LowRankLinear.from_linear")
         if not 1 <= rank <= min(W.shape):
             raise ValueError(
                 f"LowRankLinear.from_linear: rank must be from 1 to {min(W.shape)}, got {rank}"

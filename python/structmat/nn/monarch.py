@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import monarch, ops
-from .blocks import Blocks, check_sizes
+from ..linalg.svd import check_integer
+from .blocks import Blocks, check_dtype, check_sizes
 from .convert import dense_like, finite_rows, finite_weight
 from .product import product
 
@@ -33,9 +34,9 @@ class MonarchLinear(nn.Module):
             and 8 are tried, then any count that divides both sizes, and then blocks of 64 or a
             little more on the smaller side are taken. 768 features make 12 blocks, 1,024 make 16,
             4,096 make 64.
+        bias: add a learned bias.
         rank: ``R``, from 1 to ``min(I, L)``. By default the least that lets ``W`` have full rank,
             ``ceil(min(m, n) / N^2)``: about ``min(m, n)`` hidden units, as in the published layer.
-        bias: add a learned bias.
         device, dtype: of the parameters.
 
     Sizes that ``N`` does not divide are made of blocks of ``I`` (``L``) and of one feature less,
@@ -50,6 +51,7 @@ class MonarchLinear(nn.Module):
         weight: ``W (m, n)``, computed when it is used.
 
     Raises:
+        TypeError: a size is no integer, or dtype none of float32, float64, bfloat16 and float16.
         ValueError: a size is below one, ``n_blocks`` above ``min(m, n)``, or ``rank`` above
             ``min(I, L)``, where blocks have full rank already.
 
@@ -82,14 +84,15 @@ class MonarchLinear(nn.Module):
         in_features: int,
         out_features: int,
         n_blocks: int | None = None,
+        bias: bool = True,
         *,
         rank: int | None = None,
-        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_sizes("MonarchLinear", in_features, out_features, n_blocks)
+        check_dtype("MonarchLinear", dtype)
         if n_blocks is None:
             n_blocks = _default_blocks(in_features, out_features)
         self.in_features, self.out_features, self.n_blocks = in_features, out_features, n_blocks
@@ -97,6 +100,7 @@ class MonarchLinear(nn.Module):
         I, L = self._inputs.width, self._outputs.width
         if rank is None:
             rank = -(-min(in_features, out_features) // n_blocks**2)
+        check_integer("rank", rank, "MonarchLinear")
         if not 1 <= rank <= min(I, L):
             raise ValueError(
                 f"MonarchLinear: rank must be from 1 to {min(I, L)} for blocks of {L} x {I}, "
@@ -116,11 +120,12 @@ class MonarchLinear(nn.Module):
         """Draws ``W1 ~ N(0, 1/I)``, ``W2 ~ N(0, 1/(N R))``, and sets the bias to zero.
 
         Hidden units and outputs then have the mean square of the inputs, for any ``n``, ``m``,
-        ``N`` and ``R``. (The published layer's uniform draws in each factor divide it by nine.) It
-        is the initialisation of muP: each factor is drawn by its own fan-in, ``I`` and ``N R``,
-        instead of ``n``. By the same rule a learning rate of Adam that suits a dense layer suits
-        ``W1`` if multiplied by ``n / (2 I)`` and ``W2`` by ``n / (2 N R)`` (Qiu et al., Compute
-        Better Spent, 2024).
+        ``N`` and ``R``. (The published layer's uniform draws in each factor divide it by nine.)
+        Each factor is drawn by its own fan-in, ``I`` and ``N R``, instead of ``n``. muP would draw
+        a factor with fewer outputs than inputs smaller yet, by the root of their ratio, so that
+        its spectral norm stays bounded. By fan-in a learning rate of Adam that suits a dense layer
+        suits ``W1`` if multiplied by ``n / (2 I)`` and ``W2`` by ``n / (2 N R)`` (Qiu et al.,
+        Compute Better Spent, 2024).
         """
         nn.init.normal_(self.W1, std=1 / math.sqrt(self._inputs.width))
         nn.init.normal_(self.W2, std=1 / math.sqrt(self.n_blocks * self.rank))
@@ -157,7 +162,7 @@ class MonarchLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self._outputs.pad(self.bias)
-        y = ops.monarch_linear(self._inputs.pad(x), self.W1, self.W2, bias)
+        y = ops.monarch_linear(self._inputs.pad(x, "MonarchLinear"), self.W1, self.W2, bias)
         return self._outputs.cut(y)
 
     @classmethod
@@ -176,11 +181,12 @@ class MonarchLinear(nn.Module):
             linear: the dense layer, left as it is.
             n_blocks, rank: as those of the constructor.
             inputs: ``(..., n)``, samples of what the layer is fed. The output error
-                ``||X W^T - X W'^T||_F`` on them is then brought to a stationary point, below that
-                of the layer found without them, for which ``||W - W'||_F`` is the least possible.
-                See :func:`structmat.monarch.project`.
+                ``||X W^T - X W'^T||_F`` on them is then lowered to near a stationary point;
+                without them ``||W - W'||_F`` is the least possible. Rank that the samples, if few,
+                have no use for goes to the weight. See :func:`structmat.monarch.project`.
 
         Raises:
+            TypeError: ``linear`` is no ``nn.Linear``, or ``inputs`` no tensor.
             ValueError: bad ``n_blocks`` or ``rank``, no rows in ``inputs``, wrong width, NaN or
                 Inf in either.
         """

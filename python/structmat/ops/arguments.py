@@ -44,10 +44,12 @@ def autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
 
 
 def check_tensors(op: str, given: dict[str, Any]) -> None:
-    """Raises unless all are tensors of the dtype and device of the first, which has columns."""
+    """Raises unless all are dense, of the dtype and device of the first, which has columns."""
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{op}: {name} must be dense, got layout {tensor.layout}")
     first, x = next(iter(given.items()))
     for name, tensor in given.items():
         if tensor.dtype not in DTYPES or tensor.dtype != x.dtype:
@@ -72,6 +74,6 @@ def check_bias(op: str, bias: Tensor | None, size: int) -> None:
 
 
 def activation_of(op: str, name: str) -> tuple[int, Callable[[Tensor], Tensor]]:
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {name!r}, wanted one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

@@ -37,7 +37,7 @@ def block_diagonal_linear(
         ``(..., blocks q)``. Any size may be zero.
 
     Raises:
-        TypeError: an argument is not a tensor, or the dtypes differ or are not among the four.
+        TypeError: an argument is no dense tensor, or the dtypes differ or are not among the four.
         ValueError: shapes or devices do not fit together, or the activation is unknown.
 
     Autocast, gradients, transforms and determinism are those of

@@ -47,7 +47,7 @@ def kronecker_sparse_linear(
         ``(..., m)``. Any size may be zero.
 
     Raises:
-        TypeError: an argument is not a tensor, or the dtypes differ or are not among the four.
+        TypeError: an argument is no dense tensor, or the dtypes differ or are not among the four.
         ValueError: there is no factor, or shapes or devices do not fit together.
 
     Two factors ``(K, Q, I, 1)`` and ``(1, L, S, J)`` that follow each other run as one product on

@@ -37,7 +37,7 @@ def low_rank_linear(x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None)
         ``(..., m)``. Any size may be zero; with ``r = 0`` the result is the bias.
 
     Raises:
-        TypeError: an argument is not a tensor, or the dtypes differ or are not among the four.
+        TypeError: an argument is no dense tensor, or the dtypes differ or are not among the four.
         ValueError: shapes or devices do not fit together.
 
     Under ``torch.autocast`` the arguments are cast as those of ``torch.nn.functional.linear``.

@@ -59,7 +59,7 @@ def monarch_linear(
         any other size may be zero, and with ``R = 0`` the result is ``act(bias)``.
 
     Raises:
-        TypeError: an argument is not a tensor, or the dtypes differ or are not among the four.
+        TypeError: an argument is no dense tensor, or the dtypes differ or are not among the four.
         ValueError: shapes or devices do not fit together, or an option is unknown.
 
     Under ``torch.autocast`` the tensors are cast as those of ``torch.nn.functional.linear``. All
@@ -88,7 +88,7 @@ def monarch_linear(
         True
     """
     act = activation_of("monarch_linear", activation)
-    if output not in _OUTPUTS:
+    if not isinstance(output, str) or output not in _OUTPUTS:
         raise ValueError(f"monarch_linear: output is {output!r}, wanted blocked or interleaved")
     try:
         if torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
