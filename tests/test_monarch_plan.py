@@ -103,9 +103,21 @@ void one_to_one(const cuda::StridedProduct& p) {
         assert(at >= 0 && at < static_cast<std::int64_t>(seen.size()) && seen[at]++ == 0);
       }
 }
+// B, a weight of `count` numbers, is read to the last one and no further.
+void every_number(const cuda::StridedProduct& p, std::int64_t count) {
+  std::vector<char> seen(static_cast<std::size_t>(count));
+  for (std::int64_t b = 0; b < p.batches; ++b)
+    for (std::int64_t c = 0; c < p.cols; ++c)
+      for (std::int64_t i = 0; i < p.inner; ++i) {
+        const std::int64_t at = p.b.batch.at(0, b) + p.b.row.at(b, c) + p.b.col.at(b, i);
+        assert(at >= 0 && at < count && seen[at]++ == 0);
+      }
+  assert(p.batches * p.cols * p.inner == count);
+}
 void maps() {
   for (const MonarchWeights& w : {weights(3, 2, 4, 5, 7), weights(3, 2, 4, 5, 7, true),
-                                  interleaved(4, 6, 5, 3, 7, 8), interleaved(4, 6, 5, 8, 7, 3)}) {
+                                  interleaved(4, 6, 5, 3, 7, 8), interleaved(4, 6, 5, 8, 7, 3),
+                                  interleaved(4, 3, 2, 2, 2, 6), interleaved(6, 2, 5, 4, 3, 3)}) {
     const Sizes s(w);
     const std::int64_t T = 3;
     const Maps m(w, T, DType::bf16);
@@ -116,6 +128,10 @@ void maps() {
     one_to_one(m.output(nullptr, {nullptr, DType::bf16, T, s.m(), s.m()}));
     one_to_one(m.hidden_gradient(dy, nullptr));
     one_to_one(m.input_gradient(nullptr, {nullptr, DType::bf16, T, s.n(), s.n()}));
+    // Of W1 (K, Q, I) and W2 (J, L, S), which lie in one piece.
+    every_number(h, s.K * s.Q * s.I);
+    every_number(m.output(nullptr, {nullptr, DType::bf16, T, s.m(), s.m()}), s.m() * s.S);
+    every_number(m.hidden_gradient(dy, nullptr), s.m() * s.S);
     one_to_one(m.w1_gradient(nullptr, x, nullptr));
     one_to_one(m.w2_gradient(dy, nullptr, nullptr));
     if (s.interleaved_hidden)

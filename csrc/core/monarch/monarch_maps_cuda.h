@@ -19,9 +19,11 @@ class Maps {
     ragged_ = s_.interleaved_hidden && s_.Q % s_.J != 0;
     R_ = s_.R;  // the only one of W1's rows where the form is ragged
     d1_[0] = R_ * s_.I, d1_[1] = s_.I;
+    const std::int64_t q = w.w1.strides[2], unit = w.w2.strides[3];
+    if (ragged_)  // those of sizes of one say nothing; a block of W2 may have more than R units
+      w1_.strides[1] = R_ * q, w2_.strides[2] = R_ * unit;
     if (!s_.interleaved_hidden || ragged_) return;
     R_ = s_.Q / s_.J;
-    const std::int64_t q = w.w1.strides[2], unit = w.w2.strides[3];
     w1_.strides[1] = q, w1_.strides[2] = s_.J * q;
     w2_.strides[2] = R_ * unit;
     d1_[0] = s_.I, d1_[1] = s_.J * s_.I;
