@@ -206,8 +206,7 @@ void launch_mma(const Context& context, const StridedProduct& p) {
   const bool c_packs = packs(p.c.data, p.c.col, p.c.row, p.c.batch);
   std::size_t bytes = sizeof(MmaTile<T, S, kWayA, kWayB, kTall>);
   if (shared_by > 1) bytes += std::size_t{S::kRows} * S::kCols * sizeof(T) * shared_by;
-  if (bytes > 48 * 1024)
-    SM_ALLOW_SHARED((mma_product_kernel<T, S, kWayA, kWayB, kTall>), static_cast<int>(bytes));
+  SM_ALLOW_SHARED((mma_product_kernel<T, S, kWayA, kWayB, kTall>));
   SM_LAUNCH((mma_product_kernel<T, S, kWayA, kWayB, kTall>),
             (grid_of<S::kRows, S::kCols>(p, shared_by)), S::kThreads, bytes, context.stream, p,
             c_packs, shared_by);

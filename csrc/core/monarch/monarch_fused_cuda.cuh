@@ -256,8 +256,7 @@ void fused(const Context& context, const FusedTile& tile, const cuda::StridedPro
   const auto launch = [&](auto m, auto with_packs) {
     constexpr int kM = decltype(m)::value;
     constexpr bool kPacks = decltype(with_packs)::value;
-    if (tile.shared_bytes > 48 * 1024)
-      SM_ALLOW_SHARED((fused_kernel<T, kM, kPacks>), tile.shared_bytes);
+    SM_ALLOW_SHARED((fused_kernel<T, kM, kPacks>));
     SM_LAUNCH((fused_kernel<T, kM, kPacks>), static_cast<unsigned>(blocks), kFusedThreads,
               static_cast<std::size_t>(tile.shared_bytes), context.stream, args);
   };
