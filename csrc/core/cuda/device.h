@@ -23,10 +23,10 @@
   } while (0)
 // Above 48 KB of static and dynamic shared memory a kernel must be told once per device: always all
 // that a block may have, as threads that told it the size of their launch would race.
-#define SM_ALLOW_SHARED(kernel)                                             \
-  do {                                                                      \
-    static structmat::cuda::PerDevice sm_limit;                             \
-    sm_limit.get([&] { return structmat::cuda::allow_shared(kernel); });    \
+#define SM_ALLOW_SHARED(kernel)                                          \
+  do {                                                                   \
+    static structmat::cuda::PerDevice sm_limit;                          \
+    sm_limit.get([&] { return structmat::cuda::allow_shared(kernel); }); \
   } while (0)
 #define SM_UNROLL _Pragma("unroll")
 #define SM_ROLLED _Pragma("unroll 1")  // where registers or code would run out
@@ -85,8 +85,9 @@ int allow_shared(Kernel* kernel) {
   const int bytes = max_shared_bytes() - static_cast<int>(facts.sharedSizeBytes);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  STRUCTMAT_CHECK(status == cudaSuccess, std::string("structmat: cannot give a kernel its shared ") +
-                                             "memory: " + cudaGetErrorString(status));
+  STRUCTMAT_CHECK(status == cudaSuccess,
+                  std::string("structmat: cannot give a kernel its shared ") +
+                      "memory: " + cudaGetErrorString(status));
   return bytes;
 }
 
