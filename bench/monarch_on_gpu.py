@@ -80,7 +80,7 @@ def row(case: Case, args: Any, roofline: Roofline) -> dict[str, Any]:
     with contextlib.nullcontext() if case.backward else torch.no_grad():
         check(contenders, contenders["bmm"](), 2e-2)
         contenders["dense"] = lambda: run(torch.nn.functional.linear, leaves[0], leaves[3])
-        seconds = measure(contenders, device, budget=0.4, tiny=args.tiny)
+        seconds = measure(contenders, device, budget=0.2, tiny=args.tiny)
     passes = 3 if case.backward else 1
     flops = passes * 4 * tokens * b * b * r * i
     numbers = (passes + passes // 2) * 2 * tokens * n + passes * 2 * b * b * r * i
@@ -108,22 +108,24 @@ def main() -> None:
     goals, grid = (TINY[:2], TINY[2:]) if args.tiny else (GOALS, GRID)
     print(f"{'n':>5} {'blocks':>6} {'tokens':>6} {'passes':>20} {'ours us':>9} {'dense':>6} "
           f"{'bmm':>6} {'floor':>6}")  # fmt: skip
-    rows = []
-    for case in [*goals, *grid]:
-        found = row(case, args, roofline)
-        ours, ratio = found["seconds"]["structmat"], found["ratio"]
-        met = ""
-        if case in goals:
-            met = "  met" if found["met"] else f"  wanted {case.dense} and {case.bmm}"
-        else:
-            found["met"] = min(ratio.values()) >= BETTER
-            met = "" if found["met"] else "  slower than the better of the two"
-        print(f"{case.n:5} {case.blocks:6} {case.tokens:6} {found['passes']:>20} {1e6 * ours:9.1f} "
-              f"{ratio['dense']:6.2f} {ratio['bmm']:6.2f} {found['floor'] / ours:6.2f}{met}",
-              flush=True)  # fmt: skip
-        rows.append(found)
-    print(f"{sum(found['met'] for found in rows)} of {len(rows)} as wanted")
-    write(args, "monarch_on_gpu", rows)
+    rows: list[dict[str, Any]] = []
+    try:
+        for case in [*goals, *grid]:
+            found = row(case, args, roofline)
+            ours, ratio = found["seconds"]["structmat"], found["ratio"]
+            met = ""
+            if case in goals:
+                met = "  met" if found["met"] else f"  wanted {case.dense} and {case.bmm}"
+            else:
+                found["met"] = min(ratio.values()) >= BETTER
+                met = "" if found["met"] else "  slower than the better of the two"
+            print(f"{case.n:5} {case.blocks:6} {case.tokens:6} {found['passes']:>20} "
+                  f"{1e6 * ours:9.1f} {ratio['dense']:6.2f} {ratio['bmm']:6.2f} "
+                  f"{found['floor'] / ours:6.2f}{met}", flush=True)  # fmt: skip
+            rows.append(found)
+    finally:  # of an interrupted run too
+        write(args, "monarch_on_gpu", rows)
+        print(f"{sum(found['met'] for found in rows)} of {len(rows)} as wanted")
 
 
 if __name__ == "__main__":

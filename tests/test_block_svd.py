@@ -47,6 +47,14 @@ def test_block_svd_of_larger_blocks(shape: tuple[int, int]) -> None:
             check_triplets(make(2, *shape, dtype=dtype), rank)
 
 
+@pytest.mark.parametrize("shape", [(48, 78), (32, 158)])
+def test_block_svd_at_48_kilobytes(backend: Backend, shape: tuple[int, int]) -> None:
+    """What a GPU gives a kernel unasked, which static shared memory shares."""
+    if backend.name != "cuda":
+        pytest.skip("about the limits of a GPU")
+    check_triplets(make(2, *shape, dtype=torch.float32, device=backend.device), 5)
+
+
 @pytest.mark.parametrize("dtype", WIDE)
 def test_block_svd_of_hard_blocks(backend: Backend, dtype: torch.dtype) -> None:
     """Zeros, equal, close and falling values, lower rank, numbers near the ends of the range."""

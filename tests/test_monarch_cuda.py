@@ -68,9 +68,17 @@ def test_one_launch_and_two(
         compare(size, dtype, backend.device)
 
 
-def test_packs_of_interleaved_output(backend: Backend) -> None:
-    size = (19, 2, 8, 3, 8, 5)
+@pytest.mark.parametrize("size", [(19, 2, 8, 3, 8, 5), (35, 2, 8, 4, 8, 8)], ids=str)
+def test_packs_of_interleaved_output(backend: Backend, size) -> None:
     compare(size, torch.bfloat16, backend.device, output="interleaved", activation="gelu")
+
+
+def test_input_that_begins_anywhere(backend: Backend) -> None:
+    """Rows of x that are no whole packs, in one launch whose weights are."""
+    args = factors(2, 3, 4, 16, 8, torch.bfloat16, backend.device)
+    x = make(35, 33, dtype=torch.bfloat16, device=backend.device, layout="contiguous")[:, 1:]
+    want = reference.monarch_linear(*(reference.exact(a) for a in (x, *args)))
+    assert_close(sm.ops.monarch_linear(x, *args), want, torch.bfloat16, terms=16 + 8)
 
 
 def test_groups_of_output_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,9 +37,10 @@ MonarchWeights interleaved(std::int64_t K, std::int64_t Q, std::int64_t I, std::
   w.interleaved_hidden = true;
   return w;
 }
-ForwardPlan plan(const MonarchWeights& w, std::int64_t tokens, const DeviceFacts& device,
+ForwardPlan plan(MonarchWeights w, std::int64_t tokens, const DeviceFacts& device,
                  DType dtype = DType::bf16, bool hidden = false) {
-  const ForwardPlan p = forward_plan(Sizes(w), tokens, dtype, hidden, device);
+  w.w1.dtype = w.w2.dtype = dtype;
+  const ForwardPlan p = forward_plan(w, tokens, hidden, device);
   if (p.fused) {
     assert(p.hidden_bytes == 0 && p.tile.shared_bytes <= device.shared_bytes);
     assert(p.tile.blocks > 0 && p.tile.pitch % 64 == 8 && p.tile.units % 8 == 0);
@@ -72,6 +73,19 @@ void choices() {
   assert(!plan(weights(3, 2, 0, 5, 7), 9, h100).fused);
   assert(plan(wide, big, h100).hidden_bytes == static_cast<std::size_t>(big) * 4096 * 2);
   assert(!plan(weights(1, 1, 1 << 20, 64, 64), 4096, h100).fused);
+  // One launch moves packs of weights and of y, or few tokens: what decides is known without x.
+  MonarchWeights other = n1024;
+  other.interleaved_output = true;
+  assert(!plan(other, 4096, h100).fused && plan(other, 32, h100).fused);
+  assert(plan(other, 4096, h100).workspace_bytes == 4096 * 1024 * 2);
+  assert(plan(weights(1, 1, 64, 64, 64, true), 65536, h100).fused);  // of one block
+  for (const MonarchWeights& odd : {weights(16, 16, 4, 63, 64), weights(15, 16, 4, 64, 63),
+                                    weights(15, 17, 3, 64, 64)})
+    assert(!plan(odd, 4096, h100).fused && plan(odd, 32, h100).fused);
+  other = n1024, other.w2.strides[1] += 1;  // rows begin anywhere
+  assert(!plan(other, 4096, h100).fused && plan(other, 32, h100).fused);
+  other = n1024, other.w2.strides[2] = 1, other.w2.strides[3] = 16;  // rows are no progressions
+  assert(!plan(other, 4096, h100).fused && !plan(other, 32, h100).fused);
   // J does not divide Q: two launches.
   assert(!plan(interleaved(4, 6, 8, 8, 8, 3), 4096, h100).fused);
   assert(run_of(Sizes(interleaved(4, 6, 8, 3, 8, 8))) == 2);
@@ -103,9 +117,21 @@ void one_to_one(const cuda::StridedProduct& p) {
         assert(at >= 0 && at < static_cast<std::int64_t>(seen.size()) && seen[at]++ == 0);
       }
 }
+// B, a weight of `count` numbers, is read to the last one and no further.
+void every_number(const cuda::StridedProduct& p, std::int64_t count) {
+  std::vector<char> seen(static_cast<std::size_t>(count));
+  for (std::int64_t b = 0; b < p.batches; ++b)
+    for (std::int64_t c = 0; c < p.cols; ++c)
+      for (std::int64_t i = 0; i < p.inner; ++i) {
+        const std::int64_t at = p.b.batch.at(0, b) + p.b.row.at(b, c) + p.b.col.at(b, i);
+        assert(at >= 0 && at < count && seen[at]++ == 0);
+      }
+  assert(p.batches * p.cols * p.inner == count);
+}
 void maps() {
   for (const MonarchWeights& w : {weights(3, 2, 4, 5, 7), weights(3, 2, 4, 5, 7, true),
-                                  interleaved(4, 6, 5, 3, 7, 8), interleaved(4, 6, 5, 8, 7, 3)}) {
+                                  interleaved(4, 6, 5, 3, 7, 8), interleaved(4, 6, 5, 8, 7, 3),
+                                  interleaved(4, 3, 2, 2, 2, 6), interleaved(6, 2, 5, 4, 3, 3)}) {
     const Sizes s(w);
     const std::int64_t T = 3;
     const Maps m(w, T, DType::bf16);
@@ -116,6 +142,10 @@ void maps() {
     one_to_one(m.output(nullptr, {nullptr, DType::bf16, T, s.m(), s.m()}));
     one_to_one(m.hidden_gradient(dy, nullptr));
     one_to_one(m.input_gradient(nullptr, {nullptr, DType::bf16, T, s.n(), s.n()}));
+    // Of W1 (K, Q, I) and W2 (J, L, S), which lie in one piece.
+    every_number(h, s.K * s.Q * s.I);
+    every_number(m.output(nullptr, {nullptr, DType::bf16, T, s.m(), s.m()}), s.m() * s.S);
+    every_number(m.hidden_gradient(dy, nullptr), s.m() * s.S);
     one_to_one(m.w1_gradient(nullptr, x, nullptr));
     one_to_one(m.w2_gradient(dy, nullptr, nullptr));
     if (s.interleaved_hidden)

@@ -108,7 +108,7 @@ T exchange(unsigned mask, T value, int source) {
   } while (0)
 #define SM_UNROLL
 #define SM_ROLLED
-#define SM_ALLOW_SHARED(kernel, bytes) static_cast<void>(bytes)
+#define SM_ALLOW_SHARED(kernel) static_cast<void>(kernel)
 #define SM_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emulate::current->shared)
 
 namespace structmat::cuda {

@@ -285,8 +285,8 @@ void block_svd_cuda(const Context& context, const ConstArrayView& blocks, std::i
   a.workspace = launch.workspace > 0 ? static_cast<double*>(context.workspace) : nullptr;
   dispatch_dtype(blocks.dtype, [&](auto element) {
     using T = decltype(element);
-    if (launch.shared_bytes > 48 * 1024)
-      SM_ALLOW_SHARED(block_svd_kernel<T>, cuda::max_shared_bytes() - 1024);
+    // Always: its static shared memory too counts to the 48 KB that a kernel may have untold.
+    SM_ALLOW_SHARED(block_svd_kernel<T>);
     SM_LAUNCH(block_svd_kernel<T>, launch.grid, launch.threads, launch.shared_bytes, context.stream,
               a);
   });

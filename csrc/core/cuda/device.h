@@ -9,6 +9,7 @@
 #else
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <string>
 
 #include "structmat/error.h"
@@ -20,13 +21,12 @@
     STRUCTMAT_CHECK(sm_status == cudaSuccess,                                                  \
                     std::string(#kernel ": launch failed: ") + cudaGetErrorString(sm_status)); \
   } while (0)
-// Above 48 KB of dynamic shared memory a kernel must be told once per device.
-#define SM_ALLOW_SHARED(kernel, bytes)                                                         \
-  do {                                                                                         \
-    const cudaError_t sm_status =                                                              \
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);      \
-    STRUCTMAT_CHECK(sm_status == cudaSuccess,                                                  \
-                    std::string(#kernel ": shared memory: ") + cudaGetErrorString(sm_status)); \
+// Above 48 KB of static and dynamic shared memory a kernel must be told once per device: always all
+// that a block may have, as threads that told it the size of their launch would race.
+#define SM_ALLOW_SHARED(kernel)                                          \
+  do {                                                                   \
+    static structmat::cuda::PerDevice sm_limit;                          \
+    sm_limit.get([&] { return structmat::cuda::allow_shared(kernel); }); \
   } while (0)
 #define SM_UNROLL _Pragma("unroll")
 #define SM_ROLLED _Pragma("unroll 1")  // where registers or code would run out
@@ -36,23 +36,59 @@
 
 namespace structmat::cuda {
 
+// A positive number per device, asked for once. Threads that ask at once store the same.
+class PerDevice {
+ public:
+  template <class F>
+  int get(F&& ask) {
+    int device = 0;
+    STRUCTMAT_CHECK(cudaGetDevice(&device) == cudaSuccess, "structmat: no current CUDA device");
+    if (device >= kDevices) return ask();
+    int value = values_[device].load(std::memory_order_relaxed);
+    if (value == 0) values_[device].store(value = ask(), std::memory_order_relaxed);
+    return value;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<int> values_[kDevices] = {};
+};
+
+inline int device_attribute(cudaDeviceAttr attribute, const char* what) {
+  int device = 0, value = 0;
+  const bool ok = cudaGetDevice(&device) == cudaSuccess &&
+                  cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+  STRUCTMAT_CHECK(ok, std::string("structmat: cannot read how ") + what + " the device has");
+  return value;
+}
+
 // Shared memory that a block may have on the current device: 99 to 227 KB.
 inline int max_shared_bytes() {
-  int device = 0, bytes = 0;
-  const bool ok = cudaGetDevice(&device) == cudaSuccess &&
-                  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
-                      cudaSuccess;
-  STRUCTMAT_CHECK(ok, "structmat: cannot read how much shared memory the device has");
-  return bytes;
+  static PerDevice bytes;
+  return bytes.get([] {
+    return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "much shared memory");
+  });
 }
 
 inline int multiprocessors() {
-  int device = 0, count = 0;
-  const bool ok =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-  STRUCTMAT_CHECK(ok, "structmat: cannot read how many multiprocessors the device has");
-  return count;
+  static PerDevice count;
+  return count.get(
+      [] { return device_attribute(cudaDevAttrMultiProcessorCount, "many multiprocessors"); });
+}
+
+// Lets `kernel` have all the dynamic shared memory that its static memory leaves; gives back how
+// much.
+template <class Kernel>
+int allow_shared(Kernel* kernel) {
+  cudaFuncAttributes facts{};
+  cudaError_t status = cudaFuncGetAttributes(&facts, kernel);
+  const int bytes = max_shared_bytes() - static_cast<int>(facts.sharedSizeBytes);
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  STRUCTMAT_CHECK(status == cudaSuccess,
+                  std::string("structmat: cannot give a kernel its shared ") +
+                      "memory: " + cudaGetErrorString(status));
+  return bytes;
 }
 
 // From the device to the host, after what was enqueued before: the host waits.

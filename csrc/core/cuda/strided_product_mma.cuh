@@ -31,17 +31,39 @@ struct Panel {
                        int height, int depth, int thread) {
     constexpr int kNumbers = kWay == Way::numbers ? 1 : kPack;
     constexpr int kAlong = kTransposed ? kLines : kDepth;
-    SM_ROLLED
-    for (int i = thread; i < kLines * kDepth / kNumbers; i += kThreads) {
+    const auto place = [](int i, int& line, int& inner) {
       const int first = i % (kAlong / kNumbers) * kNumbers, other = i / (kAlong / kNumbers);
-      const int line = kTransposed ? first : other, inner = kTransposed ? other : first;
-      const bool in = line < height && inner < depth;
-      const T* const source = in ? from + rows[line] + columns[inner] : from;
-      if constexpr (kWay == Way::numbers) {
-        *at(line, inner) = in ? *source : T{};
-      } else {
+      line = kTransposed ? first : other, inner = kTransposed ? other : first;
+    };
+    if constexpr (kWay == Way::numbers) {
+      constexpr int kTurns = kLines * kDepth / kThreads, kAtOnce = kTurns < 8 ? kTurns : 8;
+      static_assert(kLines * kDepth % kThreads == 0 && kTurns % kAtOnce == 0);
+      SM_ROLLED
+      for (int turn = 0; turn < kTurns; turn += kAtOnce) {
+        T number[kAtOnce];  // all on their way before the first is waited for
+        SM_UNROLL
+        for (int e = 0; e < kAtOnce; ++e) {
+          int line, inner;
+          place(thread + (turn + e) * kThreads, line, inner);
+          const bool in = line < height && inner < depth;
+          number[e] = in ? from[rows[line] + columns[inner]] : T{};
+        }
+        SM_UNROLL
+        for (int e = 0; e < kAtOnce; ++e) {
+          int line, inner;
+          place(thread + (turn + e) * kThreads, line, inner);
+          *at(line, inner) = number[e];
+        }
+      }
+    } else {
+      SM_ROLLED
+      for (int i = thread; i < kLines * kDepth / kPack; i += kThreads) {
+        int line, inner;
+        place(i, line, inner);
+        const bool in = line < height && inner < depth;
         const int left = kTransposed ? height - line : depth - inner;
-        copy<16>(at(line, inner), source, in ? 2 * (left < kPack ? left : kPack) : 0);
+        copy<16>(at(line, inner), in ? from + rows[line] + columns[inner] : from,
+                 in ? 2 * (left < kPack ? left : kPack) : 0);
       }
     }
   }
@@ -170,8 +192,8 @@ __global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
     if (p.splits > 1) return store_part<kThreads>(p, tile, shared->sums, thread);
     finish_sums<T, kThreads>(p, tile, shared->sums, shared->at, thread);
     if (shared_by > 1)  // a pack for each row and address of columns
-      for_each_sum<T, kThreads>(tile, shared->sums, thread, [&](int r, int c, T value) {
-        packs[(r * S::kCols + c / run * run) * shared_by + g * run + c % run] = value;
+      for_each_sum<kThreads>(tile, shared->sums, thread, [&](int r, int c, float sum) {
+        packs[(r * S::kCols + c / run * run) * shared_by + g * run + c % run] = rounded<T>(sum);
       });
     else if (c_packs)
       store_packs<T, kThreads>(p, tile, shared->sums, shared->at, thread);
@@ -206,8 +228,7 @@ void launch_mma(const Context& context, const StridedProduct& p) {
   const bool c_packs = packs(p.c.data, p.c.col, p.c.row, p.c.batch);
   std::size_t bytes = sizeof(MmaTile<T, S, kWayA, kWayB, kTall>);
   if (shared_by > 1) bytes += std::size_t{S::kRows} * S::kCols * sizeof(T) * shared_by;
-  if (bytes > 48 * 1024)
-    SM_ALLOW_SHARED((mma_product_kernel<T, S, kWayA, kWayB, kTall>), static_cast<int>(bytes));
+  SM_ALLOW_SHARED((mma_product_kernel<T, S, kWayA, kWayB, kTall>));
   SM_LAUNCH((mma_product_kernel<T, S, kWayA, kWayB, kTall>),
             (grid_of<S::kRows, S::kCols>(p, shared_by)), S::kThreads, bytes, context.stream, p,
             c_packs, shared_by);

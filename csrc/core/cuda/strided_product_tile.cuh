@@ -2,6 +2,8 @@
 // What the kernels of strided_product.cu share: which tile a block computes, tables of addresses,
 // and the sum of parts.
 #pragma once
+#include <type_traits>
+
 #include "cuda/activate.h"
 #include "cuda/strided_product.h"
 #include "half.h"
@@ -89,43 +91,43 @@ __device__ const T* operand(const Operand& x, std::int64_t batch) {
 // ---- From the sums of a tile to C ---------------------------------------------------------------
 
 template <class Sum, int kRows, int kCols>
-struct SumTile {
+struct alignas(16) SumTile {
+  static constexpr int kWidth = kCols;
   Sum value[kRows][kCols + 8];
 };
+
+// f(row, column, sum) of each element of the tile. A thread keeps its column, thread % kWidth.
+template <int kThreads, class Sums, class F>
+__device__ void for_each_sum(const Tile& tile, Sums& sums, int thread, F f) {
+  constexpr int kWidth = Sums::kWidth;
+  static_assert(kThreads % kWidth == 0);
+  const int c = thread % kWidth;
+  if (c >= tile.width) return;
+  SM_ROLLED
+  for (int r = thread / kWidth; r < tile.height; r += kThreads / kWidth) f(r, c, sums.value[r][c]);
+}
 
 // sums <- act(sums + bias), in place; the block meets before and after.
 template <class T, int kThreads, class Sums, class At>
 __device__ void finish_sums(const StridedProduct& p, const Tile& tile, Sums& sums, const At& at,
                             int thread) {
   if (p.bias == nullptr && p.activation == Activation::none) return;
-  const T* const bias =
-      p.bias == nullptr ? nullptr : static_cast<const T*>(p.bias) + p.c.batch.at(0, tile.batch);
-  SM_ROLLED
-  for (int i = thread; i < tile.height * tile.width; i += kThreads) {
-    const int r = i / tile.width, c = i % tile.width;
-    accumulator_t<T> z = sums.value[r][c];
-    if (bias != nullptr) z += to_float(bias[at.b_row[c]]);
-    sums.value[r][c] = activated(z, p.activation);
-  }
+  const int c = thread % Sums::kWidth;
+  accumulator_t<T> bias = 0;
+  if (p.bias != nullptr && c < tile.width)
+    bias = to_float((static_cast<const T*>(p.bias) + p.c.batch.at(0, tile.batch))[at.b_row[c]]);
+  for_each_sum<kThreads>(tile, sums, thread, [&](int, int, accumulator_t<T>& sum) {
+    sum = activated(sum + bias, p.activation);
+  });
   __syncthreads();
-}
-
-// f(row, column, sum as C's type) of each element of the tile, side by side.
-template <class T, int kThreads, class Sums, class F>
-__device__ void for_each_sum(const Tile& tile, const Sums& sums, int thread, F f) {
-  SM_ROLLED
-  for (int i = thread; i < tile.height * tile.width; i += kThreads) {
-    const int r = i / tile.width, c = i % tile.width;
-    f(r, c, rounded<T>(sums.value[r][c]));
-  }
 }
 
 template <class T, int kThreads, class Sums, class At>
 __device__ void store_sums(const StridedProduct& p, const Tile& tile, const Sums& sums,
                            const At& at, int thread) {
-  T* const c = const_cast<T*>(operand<T>(p.c, tile.batch));
-  for_each_sum<T, kThreads>(tile, sums, thread, [&](int row, int col, T value) {
-    c[at.a_row[row] + at.b_row[col]] = value;
+  T* const c = const_cast<T*>(operand<T>(p.c, tile.batch)) + at.b_row[thread % Sums::kWidth];
+  for_each_sum<kThreads>(tile, sums, thread, [&](int row, int, accumulator_t<T> sum) {
+    c[at.a_row[row]] = rounded<T>(sum);
   });
 }
 
@@ -137,16 +139,21 @@ __device__ void store_packs(const StridedProduct& p, const Tile& tile, const Sum
     T value[kPack];
   };
   T* const c = const_cast<T*>(operand<T>(p.c, tile.batch));
-  const int packs = (tile.width + kPack - 1) / kPack;
+  constexpr int kPacks = Sums::kWidth / kPack;
+  static_assert(kThreads % kPacks == 0 && sizeof(sums.value[0]) % 16 == 0);
+  const int n = thread % kPacks * kPack;
+  if (n >= tile.width) return;
+  T* const column = c + at.b_row[n];
   SM_ROLLED
-  for (int i = thread; i < tile.height * packs; i += kThreads) {
-    const int r = i / packs, n = i % packs * kPack;
-    T* const to = c + at.a_row[r] + at.b_row[n];
+  for (int r = thread / kPacks; r < tile.height; r += kThreads / kPacks) {
+    T* const to = column + at.a_row[r];
     if (n + kPack <= tile.width) {
-      Pack pack;
-      SM_UNROLL
-      for (int e = 0; e < kPack; ++e) pack.value[e] = rounded<T>(sums.value[r][n + e]);
-      *reinterpret_cast<Pack*>(to) = pack;
+      // Number by number the threads of a warp would meet in the same banks.
+      const float4* const from = reinterpret_cast<const float4*>(&sums.value[r][n]);
+      const float4 a = from[0], b = from[1];
+      *reinterpret_cast<Pack*>(to) = {{rounded<T>(a.x), rounded<T>(a.y), rounded<T>(a.z),
+                                       rounded<T>(a.w), rounded<T>(b.x), rounded<T>(b.y),
+                                       rounded<T>(b.z), rounded<T>(b.w)}};
     } else {
       SM_ROLLED
       for (int e = 0; n + e < tile.width; ++e) to[e] = rounded<T>(sums.value[r][n + e]);
@@ -154,17 +161,15 @@ __device__ void store_packs(const StridedProduct& p, const Tile& tile, const Sum
   }
 }
 
-template <int kThreads, class Sum, int kRows, int kCols>
-__device__ void store_part(const StridedProduct& p, const Tile& tile,
-                           const SumTile<Sum, kRows, kCols>& sums, int thread) {
-  Sum* const part =
-      static_cast<Sum*>(p.partial) + (tile.split * p.batches + tile.batch) * p.rows * p.cols;
-  const int width = tile.width, count = tile.height * width;
-  SM_ROLLED
-  for (int i = thread; i < count; i += kThreads) {
-    const int r = i / width, c = i % width;
-    part[(tile.row + r) * p.cols + tile.col + c] = sums.value[r][c];
-  }
+template <int kThreads, class Sums>
+__device__ void store_part(const StridedProduct& p, const Tile& tile, const Sums& sums,
+                           int thread) {
+  using Sum = std::remove_cvref_t<decltype(sums.value[0][0])>;
+  Sum* const part = static_cast<Sum*>(p.partial) +
+                    (tile.split * p.batches + tile.batch) * p.rows * p.cols + tile.col;
+  for_each_sum<kThreads>(tile, sums, thread, [&](int row, int col, Sum sum) {
+    part[(tile.row + row) * p.cols + col] = sum;
+  });
 }
 
 // C <- the sum of its parts, in order.

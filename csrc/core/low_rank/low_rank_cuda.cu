@@ -154,8 +154,7 @@ void decode(const Context& context, const low_rank::DecodePhase& phase, DecodeAr
   const auto launch = [&](auto tokens, auto rows) {
     constexpr int kTokens = decltype(tokens)::value, kRows = decltype(rows)::value;
     constexpr int bytes = kTokens * static_cast<int>(kChunk * sizeof(accumulator_t<T>));
-    if constexpr (bytes > 48 * 1024)
-      SM_ALLOW_SHARED((decode_kernel<T, kTokens, kRows, kFirst>), bytes);
+    if constexpr (bytes > 48 * 1024) SM_ALLOW_SHARED((decode_kernel<T, kTokens, kRows, kFirst>));
     SM_LAUNCH((decode_kernel<T, kTokens, kRows, kFirst>), grid, dim3(kWarps * 32), bytes,
               context.stream, a);
   };

@@ -21,8 +21,7 @@ monarch::DeviceFacts device_facts() {
 
 std::size_t monarch_linear_workspace_cuda(std::int64_t tokens, const MonarchWeights& w,
                                           bool with_hidden) {
-  return monarch::forward_plan(Sizes(w), tokens, w.w1.dtype, with_hidden, device_facts())
-      .workspace_bytes;
+  return monarch::forward_plan(w, tokens, with_hidden, device_facts()).workspace_bytes;
 }
 
 std::size_t monarch_linear_backward_workspace_cuda(std::int64_t tokens, const MonarchWeights& w) {
@@ -32,9 +31,8 @@ std::size_t monarch_linear_backward_workspace_cuda(std::int64_t tokens, const Mo
 void monarch_linear_cuda(const Context& context, ConstMatrixView x, const MonarchWeights& w,
                          ConstVectorView bias, Activation activation, MatrixView y, void* hidden) {
   const Maps maps(w, x.rows, x.dtype);
-  const Sizes s(w);
   const monarch::ForwardPlan plan =
-      monarch::forward_plan(s, x.rows, x.dtype, hidden != nullptr, device_facts());
+      monarch::forward_plan(w, x.rows, hidden != nullptr, device_facts());
   if (hidden == nullptr) hidden = context.workspace;
   const cuda::StridedProduct first = maps.hidden(x, hidden);
   cuda::StridedProduct second = maps.output(hidden, y);
@@ -43,7 +41,7 @@ void monarch_linear_cuda(const Context& context, ConstMatrixView x, const Monarc
     dispatch_dtype(x.dtype, [&](auto element) {
       using T = decltype(element);
       if constexpr (sizeof(T) == 2)
-        monarch::fused<T>(context, plan.tile, first, second, monarch::run_of(s));
+        monarch::fused<T>(context, plan.tile, first, second, monarch::run_of(Sizes(w)));
     });
     return;
   }

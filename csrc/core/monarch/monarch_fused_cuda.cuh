@@ -34,17 +34,21 @@ struct alignas(16) Terms {
   }
 };
 
-// Terms first to first + 7 of a row of x, W1 or W2; zero from `inner` on.
+// Terms first to first + 7 of a row of x, W1 or W2, `stride` apart; zero from `inner` on. Where
+// they do not come as a pack, all are on their way before the first is waited for.
 template <class T, bool kPacks>
-__device__ Terms load_terms(const T* row, const cuda::Axis& axis, std::int64_t batch,
-                            std::int64_t first, std::int64_t inner, bool in) {
+__device__ Terms load_terms(const T* row, std::int64_t stride, std::int64_t first,
+                            std::int64_t inner, bool in) {
   Terms terms = {};
   if (!in || first >= inner) return terms;
-  if (kPacks && first + 8 <= inner)
-    return *reinterpret_cast<const Terms*>(row + axis.at(batch, first));
-  SM_ROLLED
-  for (int i = 0; i < 8; ++i)
-    terms.shift(first + i < inner ? row[axis.at(batch, first + i)].bits : 0u);
+  if (kPacks && first + 8 <= inner) return *reinterpret_cast<const Terms*>(row + first);
+  const T* const from = row + first * stride;
+  const int count = inner - first < 8 ? static_cast<int>(inner - first) : 8;
+  unsigned bits[8];
+  SM_UNROLL
+  for (int i = 0; i < 8; ++i) bits[i] = i < count ? from[i * stride].bits : 0u;
+  SM_UNROLL
+  for (int i = 0; i < 4; ++i) terms.pair[i] = bits[2 * i] | bits[2 * i + 1] << 16;
   return terms;
 }
 
@@ -99,7 +103,7 @@ __device__ inline Terms transposed_in_quad(const unsigned (&row)[4], int t) {
   return column;
 }
 
-template <class T, int kM, bool kPacks>
+template <class T, int kM, bool kInputPacks, bool kWeightPacks>
 __global__ void __launch_bounds__(kFusedThreads) fused_kernel(FusedArgs args) {
   constexpr int kWarps = kFusedThreads / 32;
   const cuda::StridedProduct &first = args.first, &second = args.second;
@@ -145,12 +149,12 @@ __global__ void __launch_bounds__(kFusedThreads) fused_kernel(FusedArgs args) {
       Terms a[kM][2], b[4];
       SM_UNROLL
       for (int n = 0; n < 4; ++n)
-        b[n] = load_terms<T, kPacks>(w_row[n], first.b.col, k, chunk, first.inner,
-                                     slab + n * 8 + g < columns);
+        b[n] = load_terms<T, kWeightPacks>(w_row[n], first.b.col.low, chunk, first.inner,
+                                           slab + n * 8 + g < columns);
       SM_UNROLL
       for (int m = 0; m < 2 * kM; ++m)
-        a[m / 2][m % 2] = load_terms<T, kPacks>(x_row[m / 2][m % 2], first.a.col, k, chunk,
-                                                first.inner, x_in[m / 2][m % 2]);
+        a[m / 2][m % 2] = load_terms<T, kInputPacks>(x_row[m / 2][m % 2], first.a.col.low, chunk,
+                                                     first.inner, x_in[m / 2][m % 2]);
       multiply_chunk<T, kM>(sum, a, b);
     }
     SM_UNROLL
@@ -191,8 +195,8 @@ __global__ void __launch_bounds__(kFusedThreads) fused_kernel(FusedArgs args) {
       Terms a[kM][2] = {}, b[4];
       SM_UNROLL
       for (int n = 0; n < 4; ++n)
-        b[n] = load_terms<T, kPacks>(w_row[n], second.b.col, j, chunk, S,
-                                     slab + n * 8 + g < second.cols);
+        b[n] = load_terms<T, kWeightPacks>(w_row[n], second.b.col.low, chunk, S,
+                                           slab + n * 8 + g < second.cols);
       if (chunk < S) {
         SM_UNROLL
         for (int m = 0; m < 2 * kM; ++m)
@@ -252,19 +256,21 @@ void fused(const Context& context, const FusedTile& tile, const cuda::StridedPro
   STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,
                   "monarch_linear: more than 2^31 tiles, which no launch takes");
   if (blocks == 0) return;
-  const bool packs = rows_pack(first.a) && rows_pack(first.b) && rows_pack(second.b);
-  const auto launch = [&](auto m, auto with_packs) {
+  const bool input = rows_pack(first.a), weights = rows_pack(first.b) && rows_pack(second.b);
+  const auto launch = [&](auto m, auto input_packs, auto weight_packs) {
     constexpr int kM = decltype(m)::value;
-    constexpr bool kPacks = decltype(with_packs)::value;
-    if (tile.shared_bytes > 48 * 1024)
-      SM_ALLOW_SHARED((fused_kernel<T, kM, kPacks>), tile.shared_bytes);
-    SM_LAUNCH((fused_kernel<T, kM, kPacks>), static_cast<unsigned>(blocks), kFusedThreads,
+    constexpr bool kInput = decltype(input_packs)::value, kWeight = decltype(weight_packs)::value;
+    SM_ALLOW_SHARED((fused_kernel<T, kM, kInput, kWeight>));
+    SM_LAUNCH((fused_kernel<T, kM, kInput, kWeight>), static_cast<unsigned>(blocks), kFusedThreads,
               static_cast<std::size_t>(tile.shared_bytes), context.stream, args);
   };
-  using std::integral_constant;
-  if (!packs) return launch(integral_constant<int, 1>{}, std::false_type{});
-  if (tile.tokens == 16) return launch(integral_constant<int, 1>{}, std::true_type{});
-  launch(integral_constant<int, 2>{}, std::true_type{});
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (!weights) return launch(one, no, no);  // few tokens: weights are what takes time
+  if (!input) return launch(one, no, yes);
+  if (tile.tokens == 16) return launch(one, yes, yes);
+  launch(std::integral_constant<int, 2>{}, yes, yes);
 }
 
 }  // namespace structmat::monarch

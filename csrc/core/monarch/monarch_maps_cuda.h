@@ -9,6 +9,10 @@
 
 namespace structmat::monarch {
 
+// Along their rows weights are read by 16 bytes, or number by number a stride apart; or a row is
+// made of runs.
+enum class WeightRows { packs, strided, runs };
+
 // h lies in memory as (J, T, S), dh as (K, T, Q): each is written in runs of R numbers and read as
 // rows. Where J divides Q the interleaved form is the canonical one with other strides, unit
 // q = r J + j; `Maps` takes it for that.
@@ -19,9 +23,11 @@ class Maps {
     ragged_ = s_.interleaved_hidden && s_.Q % s_.J != 0;
     R_ = s_.R;  // the only one of W1's rows where the form is ragged
     d1_[0] = R_ * s_.I, d1_[1] = s_.I;
+    const std::int64_t q = w.w1.strides[2], unit = w.w2.strides[3];
+    if (ragged_)  // those of sizes of one say nothing; a block of W2 may have more than R units
+      w1_.strides[1] = R_ * q, w2_.strides[2] = R_ * unit;
     if (!s_.interleaved_hidden || ragged_) return;
     R_ = s_.Q / s_.J;
-    const std::int64_t q = w.w1.strides[2], unit = w.w2.strides[3];
     w1_.strides[1] = q, w1_.strides[2] = s_.J * q;
     w2_.strides[2] = R_ * unit;
     d1_[0] = s_.I, d1_[1] = s_.J * s_.I;
@@ -40,7 +46,7 @@ class Maps {
   cuda::StridedProduct output(const void* h, MatrixView y) const {
     cuda::StridedProduct p = product(s_.J, tokens_, s_.L, s_.S);
     p.a = hidden_rows(h);
-    p.b = {w2_.data, linear(w2_.strides[0]), linear(w2_.strides[1]), w2_unit()};
+    p.b = w2_rows();
     p.c = {y.data, block(), linear(y.row_stride), within_block()};
     return p;
   }
@@ -81,6 +87,15 @@ class Maps {
     p.c = {d2, linear(s_.L * s_.S), linear(s_.S), linear(1)};
     return p;
   }
+  // How one launch for both products finds the weights.
+  WeightRows weight_rows() const {
+    const cuda::Operand w1 = w1_rows(), w2 = w2_rows();
+    const auto pack = [](const cuda::Operand& w) {
+      return cuda::packs(w.data, w.col, w.row, w.batch);
+    };
+    if (pack(w1) && pack(w2)) return WeightRows::packs;
+    return w1.col.divisor == 0 && w2.col.divisor == 0 ? WeightRows::strided : WeightRows::runs;
+  }
 
  private:
   using Axis = cuda::Axis;
@@ -98,6 +113,9 @@ class Maps {
   cuda::Operand w1_rows() const {
     return {w1_.data, linear(w1_.strides[0]), split(R_, w1_.strides[1], w1_.strides[2]),
             linear(w1_.strides[3])};
+  }
+  cuda::Operand w2_rows() const {
+    return {w2_.data, linear(w2_.strides[0]), linear(w2_.strides[1]), w2_unit()};
   }
   Axis w2_unit() const { return split(R_, w2_.strides[2], w2_.strides[3]); }
   cuda::Operand hidden_rows(const void* h) const {

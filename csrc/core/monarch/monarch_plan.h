@@ -8,6 +8,7 @@
 
 #include "cuda/column_sums.h"
 #include "cuda/strided_product.h"
+#include "monarch/monarch_maps_cuda.h"
 #include "monarch/monarch_sizes.h"
 #include "structmat/matrix.h"
 
@@ -90,12 +91,21 @@ struct ForwardPlan {
   std::size_t workspace_bytes = 0;
 };
 
-inline ForwardPlan forward_plan(const Sizes& s, std::int64_t tokens, DType dtype, bool with_hidden,
+// For many tokens one launch reads weights and writes y by 16 bytes. Number by number it would take
+// eight times the loads, and an interleaved y, which two launches write in packs of several output
+// blocks, sixteen times the writes.
+inline ForwardPlan forward_plan(const MonarchWeights& w, std::int64_t tokens, bool with_hidden,
                                 const DeviceFacts& device) {
   ForwardPlan plan;
+  const Sizes s(w);
+  const DType dtype = w.w1.dtype;
+  const WeightRows rows_of_weights = Maps(w, tokens, dtype).weight_rows();
   const std::int64_t R = run_of(s);
   const bool empty = R == 0 || s.I == 0 || s.L == 0 || tokens == 0;
-  const bool may_fuse = size_of(dtype) == 2 && !with_hidden && !empty;
+  const bool may_fuse =
+      size_of(dtype) == 2 && !with_hidden && !empty && rows_of_weights != WeightRows::runs;
+  const bool by_packs = rows_of_weights == WeightRows::packs && s.L % cuda::kPack == 0 &&
+                        (!s.interleaved_output || s.J == 1);
   if (may_fuse && tokens <= kDecodeTokens) {
     const int rows = tokens <= 16 ? 16 : 32;
     const std::int64_t fitting = fitting_blocks(s, R, rows, device.shared_bytes);
@@ -103,7 +113,7 @@ inline ForwardPlan forward_plan(const Sizes& s, std::int64_t tokens, DType dtype
         std::min(fitting, std::max<std::int64_t>(1, s.J / device.multiprocessors));
     plan.fused = blocks > 0 && 2 * blocks * s.S * (s.I + s.L) <= kDecodeBytes;
     if (plan.fused) plan.tile = FusedTile(s, R, rows, blocks);
-  } else if (may_fuse && 2 * s.hidden() * (s.I + s.L) <= kFusedBytes) {
+  } else if (may_fuse && by_packs && 2 * s.hidden() * (s.I + s.L) <= kFusedBytes) {
     double least = two_launch_bytes(s, tokens);
     for (const int rows : {96, 64, 32}) {
       const std::int64_t fitting = fitting_blocks(s, R, rows, device.shared_bytes);

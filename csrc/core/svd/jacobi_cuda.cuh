@@ -229,9 +229,8 @@ template <class T>
 void jacobi_svd(void* stream, const Jacobi<T>& b, std::int64_t n, std::int64_t k, T least) {
   SM_LAUNCH(jacobi_start_kernel<T>, 1, kThreads, 0, stream, b.r, b.j, n, b.unit, b.rotated,
             b.state);
-  const int max_shared = cuda::max_shared_bytes();
-  const JacobiPlan plan = plan_jacobi<T>(n, max_shared);
-  SM_ALLOW_SHARED(jacobi_kernel<T>, max_shared);  // the same from all threads: the last one holds
+  const JacobiPlan plan = plan_jacobi<T>(n, cuda::max_shared_bytes());
+  SM_ALLOW_SHARED(jacobi_kernel<T>);
   for (int sweep = 0; sweep < kJacobiSweeps; ++sweep)
     for (int round = 0; round < plan.groups - 1; ++round)
       SM_LAUNCH(jacobi_kernel<T>, static_cast<unsigned>(plan.groups / 2),

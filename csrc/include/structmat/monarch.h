@@ -53,8 +53,8 @@ STRUCTMAT_API void monarch_linear_backward(const Context& context, ConstMatrixVi
                                            ConstMatrixView x, const MonarchWeights& weights,
                                            const void* hidden, const MonarchGradients& grads);
 
-// Bytes of Context::workspace either call needs on the device of `context`. Only the sizes and
-// dtypes of the weights matter.
+// Bytes of Context::workspace either call needs on the device of `context`. The weights are those
+// of the call: where they lie decides how it runs.
 STRUCTMAT_API std::size_t monarch_linear_workspace(const Context& context, std::int64_t tokens,
                                                    const MonarchWeights& weights, bool with_hidden);
 STRUCTMAT_API std::size_t monarch_linear_backward_workspace(const Context& context,
