@@ -69,4 +69,4 @@ def test_command(example: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     result = CliRunner().invoke(app, ["--steps", "1", "--width", "32", "--out", "b.png"])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "b.png").exists()
-    assert "validation loss" in result.output
+    assert "Monarch, equal FLOPs" in result.output

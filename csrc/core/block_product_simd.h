@@ -45,7 +45,9 @@ void block_kernel(std::int64_t depth, const Rows<S>& a, const S* w, std::int64_t
     for (int v = 0; v < kVecs; ++v) weight[v] = load(w + v * lanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const Vec<S> value = broadcast((r < 4 ? a0 : a4)[(r % 4) * row]);
+      // Named: gcc 12 with -fsanitize=undefined reads (r < 4 ? a0 : a4)[0] from elsewhere.
+      const S* const base = r < 4 ? a0 : a4;
+      const Vec<S> value = broadcast(base[(r % 4) * row]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sum[r][v] = fma(value, weight[v], sum[r][v]);
     }
