@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from harness import Roofline, check, geometric_mean, measure, parser, start, write
+from harness import Roofline, check, measure, parser, start, summarize_ratios, write
 
 import structmat as sm
 
@@ -105,11 +105,10 @@ def main() -> None:
                 print(f"{'':20} {tokens:6} {n:5} {n // part:5} {ours:10.1f} {theirs:10.1f} "
                       f"{r['ratio']:6.2f} {r['gflops']:8.0f} {r['gbytes']:6.0f} "
                       f"{r['share']:6.2f}", flush=True)  # fmt: skip
-            ratios = [r["ratio"] for r in found]
-            mean = geometric_mean(ratios)
-            print(f"{'':20} geometric mean {mean:.2f}, least {min(ratios, default=0):.2f}")
-            summary.append({"dtype": name, "passes": passes, "geometric_mean": mean,
-                            "least": min(ratios, default=0)})  # fmt: skip
+            ratios = summarize_ratios(found)
+            mean, least = ratios["geometric_mean"], ratios["least"]
+            print(f"{'':20} geometric mean {mean:.2f}, least {least:.2f}")
+            summary.append({"dtype": name, "passes": passes, **ratios})
             rows += found
     write(args, "low_rank", rows, summary=summary)
 

@@ -13,7 +13,7 @@ import contextlib
 from typing import Any
 
 import torch
-from harness import Roofline, check, geometric_mean, measure, parser, start, write
+from harness import Roofline, check, measure, parser, start, summarize_ratios, write
 
 import structmat as sm
 
@@ -245,11 +245,10 @@ def main() -> None:
                       f"{r['ratio']:6.2f} {cell(goal):>5} {cell(r['fly'], '.1f'):>6} "
                       f"{cell(r['dense'], '.1f'):>6} {r['gflops']:8.0f} {r['gbytes']:5.0f} "
                       f"{r['share']:6.2f}", flush=True)  # fmt: skip
-            ratios = [r["ratio"] for r in found]
-            mean = geometric_mean(ratios)
-            print(f"geometric mean {mean:.2f}, least {min(ratios, default=0):.2f}")
-            summary.append({"dtype": name, "passes": passes, "geometric_mean": mean,
-                            "least": min(ratios, default=0)})  # fmt: skip
+            ratios = summarize_ratios(found)
+            mean, least = ratios["geometric_mean"], ratios["least"]
+            print(f"geometric mean {mean:.2f}, least {least:.2f}")
+            summary.append({"dtype": name, "passes": passes, **ratios})
             rows += found
     write(args, "monarch", rows, summary=summary)
 

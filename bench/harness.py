@@ -181,6 +181,11 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
+def summarize_ratios(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    ratios = [row["ratio"] for row in rows]
+    return {"geometric_mean": geometric_mean(ratios), "least": min(ratios, default=0)}
+
+
 def write(args: argparse.Namespace, name: str, rows: list[dict[str, Any]], **more: Any) -> None:
     path = args.json or OUT / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
