@@ -13,5 +13,7 @@
 #include "structmat/monarch.h"
 #include "structmat/out_of_core.h"
 #include "structmat/random.h"
+#include "structmat/sparse_low_rank.h"
+#include "structmat/sparse_pattern.h"
 #include "structmat/streaming_svd.h"
 #include "structmat/svd.h"
