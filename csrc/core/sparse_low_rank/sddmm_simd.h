@@ -2,7 +2,6 @@
 // values[e] = sum_t dy[t, i] x[t, j] for the entries e = (i, j) of a support. For files under
 // structmat_simd_sources (everything is in an anonymous namespace).
 #pragma once
-#include "few_rows_simd.h"
 #include "product_simd.h"
 #include "sparse_low_rank/spmm_simd.h"
 
@@ -67,7 +66,8 @@ template <class T>
 struct SampledProduct {
   using S = accumulator_t<T>;
   static constexpr int w = kLanes<S>;
-  static constexpr std::int64_t kChunk = 64;
+  // Rows at a time: whole runs of dy's rows are read, and a slab of the panel meets many.
+  static constexpr std::int64_t kChunk = 256;
 
   ConstMatrixView dy, x;
   SparsePatternView pattern;
@@ -120,33 +120,36 @@ struct SampledProduct {
     const auto kernel =
         sampled_kernel_for<S>(tile.vecs, std::make_integer_sequence<int, kTileVecs>());
     const std::int64_t slabs = pattern.slabs();
-    for (std::int64_t i = i0; i < i1; ++i) {
-      const std::int64_t g = i / pattern.group;
-      const auto of = SparseMatrix<S>{pattern, totals}.group(g);
-      for (std::int64_t s = 0; s < slabs; ++s) {
-        const std::int64_t begin = pattern.starts[g * slabs + s],
+    for (std::int64_t s = 0; s < slabs; ++s)
+      for (std::int64_t i = i0; i < i1; ++i) {
+        const std::int64_t g = i / pattern.group, begin = pattern.starts[g * slabs + s],
                            count = pattern.starts[g * slabs + s + 1] - begin;
+        if (count == 0) continue;
+        const auto of = SparseMatrix<S>{pattern, totals}.group(g);
         const std::int64_t at =
             pattern.group * of.first + (i - g * pattern.group) * of.k + begin - of.first;
         kernel(pattern.columns + begin, count, y + (i - i0) * tile.ld,
                panel + s * sparse_slab_columns * tile.ld, tile.t0 == 0, totals + at);
       }
-    }
   }
 
   // Groups of 16 rows, whose dy are vectors as they lie.
   void groups(const TokenTile& tile, const S* panel, std::int64_t i0, std::int64_t i1,
               S* totals) const {
     static thread_local Scratch memory;
-    S* const y = memory.get<S>(tile.tokens() * w);
-    const std::int64_t slabs = pattern.slabs();
-    for (std::int64_t i = i0; i < i1;) {
-      const std::int64_t g = i / 16, end = std::min(i1, std::min(g * 16 + 16, i + w));
-      const int height = static_cast<int>(end - i);
-      for (std::int64_t t = 0; t < tile.tokens(); ++t) {
+    // dy as vectors of rows: vector (v, t) at y + (v * tokens + t) * w.
+    const std::int64_t slabs = pattern.slabs(), tokens = tile.tokens();
+    S* const all = memory.get<S>(ceil_div(i1 - i0, w) * tokens * w);
+    for (std::int64_t t = 0; t < tokens; ++t)
+      for (std::int64_t i = i0; i < i1; i += w) {
         const T* const from = row_of<T>(dy, tile.t0 + t) + i;
-        store(y + t * w, height == w ? load_wide<S>(from) : load_wide_part<S>(from, height));
+        store(all + ((i - i0) / w * tokens + t) * w,
+              i + w <= i1 ? load_wide<S>(from) : load_wide_part<S>(from, static_cast<int>(i1 - i)));
       }
+    for (std::int64_t i = i0; i < i1; i += w) {
+      const std::int64_t g = i / 16;
+      const int height = static_cast<int>(std::min<std::int64_t>(w, i1 - i));
+      const S* const y = all + (i - i0) / w * tokens * w;
       const std::int64_t first = pattern.starts[g * slabs],
                          k = pattern.starts[(g + 1) * slabs] - first;
       S* const to = totals + 16 * first + (i - g * 16) * k;
@@ -170,7 +173,6 @@ struct SampledProduct {
           }
         }
       }
-      i = end;
     }
   }
 

@@ -24,6 +24,7 @@ void forward(const Context& context, const ConstMatrixView& x, const SparseLowRa
                    operand<T>(weights.v),
                    operand<T>(weights.base),
                    {p, static_cast<const T*>(weights.values.data)},
+                   false,
                    bias}
       .run(context, x, y, hidden);
 }
@@ -37,14 +38,19 @@ void backward(const Context& context, const ConstMatrixView& dy, const ConstMatr
   const std::int64_t tokens = dy.rows, m = p.rows, n = p.cols, r = weights.u.cols;
   const bool want_x = grads.x.data != nullptr, want_v = grads.v.data != nullptr && r > 0;
   if (want_x) {
+    // Columns that rows share are met group by group, others as rows of the transpose.
     Scratch values_memory, dh_memory;
-    T* const values = values_memory.get<T>(p.nnz);
-    const T* const from = static_cast<const T*>(weights.values.data);
-    constexpr std::int64_t kStep = 1 << 14;
-    parallel_for(context, ceil_div(p.nnz, kStep), [&](std::int64_t part) {
-      for (std::int64_t e = part * kStep; e < std::min(p.nnz, (part + 1) * kStep); ++e)
-        values[e] = from[transpose.permutation[e]];
-    });
+    SparseMatrix<T> sparse{p, static_cast<const T*>(weights.values.data)};
+    const bool shared = p.group > 1;
+    if (!shared) {
+      T* const values = values_memory.get<T>(p.nnz);
+      constexpr std::int64_t kStep = 1 << 14;
+      parallel_for(context, ceil_div(p.nnz, kStep), [&](std::int64_t part) {
+        for (std::int64_t e = part * kStep; e < std::min(p.nnz, (part + 1) * kStep); ++e)
+          values[e] = sparse.values[transpose.permutation[e]];
+      });
+      sparse = {transpose.pattern, values};
+    }
     // A stride that is no multiple of 4 KB: columns of dh are read, too.
     MatrixView dh;
     if (want_v) {
@@ -57,7 +63,8 @@ void backward(const Context& context, const ConstMatrixView& dy, const ConstMatr
                      operand<T>(weights.v, true),
                      operand<T>(weights.u, true),
                      operand<T>(weights.base, true),
-                     {transpose.pattern, values}}
+                     sparse,
+                     shared}
         .run(context, dy, grads.x, dh);
     if (want_v)
       multiply(context, Product<S, T, T>{r,

@@ -13,32 +13,47 @@ template <class T>
 struct SparseProduct {
   using S = accumulator_t<T>;
   static constexpr int w = kLanes<S>;
-  static constexpr std::int64_t kChunk = 96;  // rows of W whose sums stay in the level-1 cache
-
+  static constexpr std::int64_t kFewTokens = 2;
   std::int64_t m, n, r;
   Operand<T> left;   // (m, r)
   Operand<T> right;  // (r, n)
   Operand<T> base;   // (m, n) or none
   SparseMatrix<T> sparse;
+  bool transposed = false;  // S is the transpose of `sparse`
   const T* bias = nullptr;
 
-  // S is a dense matrix (m, k) of some columns of x, as all rows share theirs.
-  bool columns() const { return sparse.pattern.groups() == 1 && m > 16; }
+  // All rows of `sparse` have the same columns: S is a dense matrix between some numbers of x, or
+  // of y if transposed.
+  bool columns() const { return sparse.pattern.groups() == 1 && sparse.pattern.rows > 16; }
+  std::int64_t column_count() const { return columns() ? sparse.group(0).k : 0; }
+
+  // A panel of 64 tokens (32 doubles), or half of that where more than 2560 columns of it would
+  // not leave the level-2 cache, of 1 MB or more, room for anything else.
+  std::int64_t tile_vecs() const {
+    return std::min(n, sparse_slab_columns) > 2560 ? kTileVecs / 2 : kTileVecs;
+  }
+  // Rows of W at a time: their sums stay in the level-1 cache. Whole groups, so that not the
+  // threads decide how a group is cut into blocks of rows.
+  std::int64_t unit() const {
+    const std::int64_t group = transposed || columns() ? 1 : sparse.pattern.group;
+    return ceil_div(96, group) * group;
+  }
+  // Their sums stay in the level-2 cache: beside one slab of the panel, or where all of them meet
+  // every group of dy.
+  std::int64_t chunk() const {
+    const bool many = transposed ? !columns() : sparse.pattern.slabs() > 1;
+    return unit() * (many ? 12 : 1);
+  }
 
   // What the tasks of a tile share.
   struct Tile : TokenTile {
     S *panel, *hidden, *gathered, *zeros;
     std::int64_t parts;  // of the panel, each with its zeros
   };
-  std::int64_t gathered_columns() const { return columns() ? sparse.group(0).k : 0; }
   Tile tile(const TokenTile& tokens, std::int64_t parts, Scratch& memory) const {
-    const std::int64_t ld = tokens.ld, hidden = r + w;
-    S* const to = memory.get<S>((n + hidden + gathered_columns() + parts) * ld);
-    return {tokens,
-            to,
-            to + n * ld,
-            to + (n + hidden) * ld,
-            to + (n + hidden + gathered_columns()) * ld,
+    const std::int64_t ld = tokens.ld, hidden = r + w, gathered = column_count();
+    S* const to = memory.get<S>((n + hidden + gathered + parts) * ld);
+    return {tokens, to, to + n * ld, to + (n + hidden) * ld, to + (n + hidden + gathered) * ld,
             parts};
   }
 
@@ -69,12 +84,34 @@ struct SparseProduct {
       store_as(S{});
   }
 
-  void gather(const Tile& tile) const {
-    const SparsePatternView& p = sparse.pattern;
-    for (std::int64_t s = 0; s < p.slabs(); ++s)
-      for (std::int64_t e = p.starts[s]; e < p.starts[s + 1]; ++e)
-        std::copy_n(tile.panel + (s * sparse_slab_columns + p.columns[e]) * tile.ld, tile.ld,
-                    tile.gathered + e * tile.ld);
+  // The columns [e0, e1) that all rows of `sparse` have: their rows of the panel, or, transposed,
+  // their sums over all of it.
+  void gather(const Tile& tile, std::int64_t e0, std::int64_t e1) const {
+    if (e0 == e1) return;
+    const std::int64_t ld = tile.ld, k = column_count();
+    if (transposed)
+      return multiply_range(
+          Product<T, S, S>{
+              k, ld, n, {sparse.values, k, true}, {tile.panel, ld, false}, tile.gathered, ld},
+          e0, e1, 0, ld);
+    sparse.for_slabs(0, [&](std::int64_t s, std::int64_t begin, std::int64_t end) {
+      for (std::int64_t e = std::max(begin, e0); e < std::min(end, e1); ++e)
+        std::copy_n(tile.panel + (s * sparse_slab_columns + sparse.pattern.columns[e]) * ld, ld,
+                    tile.gathered + e * ld);
+    });
+  }
+
+  // Their sums, added to those of rows [i0, i1).
+  void scatter(const Tile& tile, std::int64_t i0, std::int64_t i1, S* sums) const {
+    sparse.for_slabs(0, [&](std::int64_t s, std::int64_t begin, std::int64_t end) {
+      for (std::int64_t e = begin; e < end; ++e) {
+        const std::int64_t i = s * sparse_slab_columns + sparse.pattern.columns[e];
+        if (i < i0 || i >= i1) continue;
+        S *const to = sums + (i - i0) * tile.ld, *const from = tile.gathered + e * tile.ld;
+        for (std::int64_t v = 0; v < tile.ld; v += w)
+          store(to + v, structmat::load(to + v) + structmat::load(from + v));
+      }
+    });
   }
 
   static Operand<T> rows_from(Operand<T> a, std::int64_t i) {
@@ -99,8 +136,8 @@ struct SparseProduct {
     };
     if (base.data != nullptr) add(base, n, tile.panel);
     if (r > 0) add(left, r, tile.hidden);
-    if (columns())
-      add({sparse.values, gathered_columns(), false}, gathered_columns(), tile.gathered);
+    if (columns() && !transposed)
+      add({sparse.values, column_count(), false}, column_count(), tile.gathered);
     for (std::int64_t v = 0; v < ld; v += w) {
       Vec<S> zero{};
       for (std::int64_t part = 0; part < tile.parts; ++part)
@@ -111,44 +148,95 @@ struct SparseProduct {
         store(to, begun ? start + structmat::load(to) : start);
       }
     }
-    if (!columns()) sparse.multiply(i0, i1, tile.panel, tile, sums);
+    if (columns() && transposed)
+      scatter(tile, i0, i1, sums);
+    else if (transposed)
+      sparse.multiply_transposed(i0, i1, tile.panel, tile, sums);
+    else if (!columns())
+      sparse.multiply(i0, i1, tile.panel, tile, sums);
     store_transposed(sums, ld, count, tile.tokens(), row_of<T>(y, tile.t0) + i0, y.row_stride);
   }
 
-  void all_rows(const Tile& tile, std::int64_t i0, std::int64_t i1, const MatrixView& y) const {
-    for (std::int64_t i = i0; i < i1; i += kChunk) rows(tile, i, std::min(i1, i + kChunk), y);
+  // One pass over the weights as they lie in memory.
+  void few_tokens(const Context& context, const ConstMatrixView& x, const MatrixView& y,
+                  const MatrixView& hidden_out) const {
+    static thread_local Scratch memory;
+    const std::int64_t tokens = x.rows, ld = n + w;
+    S* const in = memory.get<S>(tokens * (ld + r + 1));
+    S *const h = in + tokens * ld, *const zeros = h + tokens * r;
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      S* const line = in + t * ld;
+      convert(row_of<T>(x, t), line, n);
+      std::fill_n(line + n, w, S{0});
+      Vec<S> zero{};
+      for (std::int64_t j = 0; j < n; j += w) zero = fma(structmat::load(line + j), Vec<S>{}, zero);
+      zeros[t] = 0;
+      for (int i = 0; i < w; ++i) zeros[t] += zero[i];
+    }
+    if (r > 0)
+      few_rows<S, T, S>(context, tokens, r, n, in, ld, right.data, right.stride, nullptr, h, r);
+    for (std::int64_t t = 0; hidden_out.data != nullptr && t < tokens; ++t)
+      convert(h + t * r, row_of<T>(hidden_out, t), r);
+    const std::int64_t numbers = sparse.pattern.nnz + m * r + (base.data != nullptr ? m * n : 0),
+                       tasks = few_rows_tasks(context, tokens, numbers,
+                                              numbers * static_cast<std::int64_t>(sizeof(T)));
+    const std::int64_t unit = 16, step = (m / tasks / unit + 1) * unit;
+    parallel_for(context, ceil_div(m, step), [&](std::int64_t task) {
+      static thread_local Scratch own;
+      const std::int64_t i0 = task * step, i1 = std::min(m, i0 + step), count = i1 - i0;
+      S* const sums = own.get<S>(2 * tokens * count);
+      S* const more = sums + tokens * count;
+      for (std::int64_t t = 0; t < tokens; ++t)
+        for (std::int64_t i = 0; i < count; ++i)
+          sums[t * count + i] = zeros[t] + (bias == nullptr ? S{0} : S(to_float(bias[i0 + i])));
+      const auto add = [&](const Operand<T>& a, std::int64_t k, const S* b, std::int64_t b_stride) {
+        few_rows_range<S, T, S>(tokens, k, b, b_stride, rows_from(a, i0).data, a.stride, nullptr,
+                                more, count, 0, count);
+        for (std::int64_t i = 0; i < tokens * count; ++i) sums[i] += more[i];
+      };
+      if (base.data != nullptr) add(base, n, in, ld);
+      if (r > 0) add(left, r, h, r);
+      sparse.multiply_few(i0, i1, tokens, in, ld, sums);
+      for (std::int64_t t = 0; t < tokens; ++t)
+        convert(sums + t * count, row_of<T>(y, t) + i0, count);
+    });
   }
 
+  // Tiles on threads of their own, or one after the other where they are few.
   void run(const Context& context, const ConstMatrixView& x, const MatrixView& y,
            const MatrixView& hidden_out) const {
     if (x.rows == 0) return;
+    if (x.rows <= kFewTokens && !transposed && !right.transposed)
+      return few_tokens(context, x, y, hidden_out);
     static thread_local Scratch memory;
-    const std::int64_t threads = thread_count(context);
-    const TokenTiles<S> tiles(x.rows, kTileVecs);
+    const std::int64_t threads = thread_count(context), k = column_count();
+    const TokenTiles<S> tiles(x.rows, tile_vecs());
     if (tiles.count % threads == 0 || tiles.count >= 4 * threads) {
       parallel_for(context, tiles.count, [&](std::int64_t i) {
         static thread_local Scratch own;
         const Tile t = tile(tiles[i], 1, own);
         load(t, x, 0);
         hidden(t, 0, r, hidden_out);
-        if (columns()) gather(t);
-        all_rows(t, 0, m, y);
+        gather(t, 0, k);
+        for (std::int64_t i0 = 0; i0 < m; i0 += chunk()) rows(t, i0, std::min(m, i0 + chunk()), y);
       });
       return;
     }
+    const auto in_parts = [&](std::int64_t size, std::int64_t unit, std::int64_t most,
+                              auto&& body) {
+      const std::int64_t step = std::min(most, (size / threads / unit + 1) * unit);
+      parallel_for(context, ceil_div(size, step), [&](std::int64_t part) {
+        body(part * step, std::min(size, (part + 1) * step));
+      });
+    };
     for (std::int64_t i = 0; i < tiles.count; ++i) {
       const Tile t = tile(tiles[i], threads, memory);
       parallel_for(context, threads, [&](std::int64_t part) { load(t, x, part); });
-      if (r > 0) {
-        const std::int64_t step = ceil_div(ceil_div(r, threads), kMicroRows) * kMicroRows;
-        parallel_for(context, ceil_div(r, step), [&](std::int64_t part) {
-          hidden(t, part * step, std::min(r, (part + 1) * step), hidden_out);
-        });
-      }
-      if (columns()) gather(t);
-      parallel_for(context, ceil_div(m, kChunk), [&](std::int64_t chunk) {
-        rows(t, chunk * kChunk, std::min(m, (chunk + 1) * kChunk), y);
-      });
+      in_parts(r, kMicroRows, r + kMicroRows,
+               [&](std::int64_t k0, std::int64_t k1) { hidden(t, k0, k1, hidden_out); });
+      in_parts(k, kMicroRows, k + kMicroRows,
+               [&](std::int64_t e0, std::int64_t e1) { gather(t, e0, e1); });
+      in_parts(m, unit(), chunk(), [&](std::int64_t i0, std::int64_t i1) { rows(t, i0, i1, y); });
     }
   }
 };
