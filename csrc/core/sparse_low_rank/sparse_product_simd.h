@@ -65,35 +65,51 @@ struct SparseProduct {
     load_panel<S, T>(x, tile, j0, j1, tile.panel + j0 * tile.ld, tile.zeros + part * tile.ld);
   }
 
-  // Rows [k0, k1) of right times the panel, for tokens and all.
-  void hidden(const Tile& tile, std::int64_t k0, std::int64_t k1, const MatrixView& out) const {
+  // Hidden units [k0, k1), for tokens and all: rows of `right` times the panel, or, transposed,
+  // rows of x times columns of `right`, as they lie. Theirs are (r, ld), or (tokens, r).
+  void hidden(const Tile& tile, const ConstMatrixView& x, std::int64_t k0, std::int64_t k1,
+              const MatrixView& out) const {
     if (k0 == k1) return;
+    if (right.transposed) {
+      by_tokens(tile, row_of<T>(x, tile.t0), x.row_stride, right, n, k0, k1, tile.hidden + k0, r,
+                false);
+      for (std::int64_t t = 0; out.data != nullptr && t < tile.tokens(); ++t)
+        std::copy_n(tile.hidden + t * r + k0, k1 - k0, row_of<S>(out, tile.t0 + t) + k0);
+      return;
+    }
     multiply_range(
         Product<T, S, S>{r, tile.ld, n, right, {tile.panel, tile.ld, false}, tile.hidden, tile.ld},
         k0, k1, 0, tile.ld);
-    if (out.data == nullptr) return;
-    const S* const from = tile.hidden + k0 * tile.ld;
-    const auto store_as = [&](auto element) {
-      using To = decltype(element);
-      store_transposed(from, tile.ld, k1 - k0, tile.tokens(), row_of<To>(out, tile.t0) + k0,
-                       out.row_stride);
-    };
-    if (out.dtype == dtype_of<T>())
-      store_as(T{});
-    else
-      store_as(S{});
+    if (out.data != nullptr)
+      store_transposed(tile.hidden + k0 * tile.ld, tile.ld, k1 - k0, tile.tokens(),
+                       row_of<T>(out, tile.t0) + k0, out.row_stride);
+  }
+
+  // Rows [i0, i1) of a transposed A (., k) times rows of `x`, which are tokens.
+  template <class TX>
+  static void by_tokens(const Tile& tile, const TX* x, std::int64_t x_stride, const Operand<T>& a,
+                        std::int64_t k, std::int64_t i0, std::int64_t i1, S* to,
+                        std::int64_t to_stride, bool to_transposed) {
+    multiply_range(Product<TX, T, S>{tile.tokens(),
+                                     i1 - i0,
+                                     k,
+                                     {x, x_stride, false},
+                                     {a.data + i0, a.stride, false},
+                                     to,
+                                     to_stride,
+                                     nullptr,
+                                     to_transposed},
+                   0, tile.tokens(), 0, i1 - i0);
   }
 
   // The columns [e0, e1) that all rows of `sparse` have: their rows of the panel, or, transposed,
   // their sums over all of it.
-  void gather(const Tile& tile, std::int64_t e0, std::int64_t e1) const {
+  void gather(const Tile& tile, const ConstMatrixView& x, std::int64_t e0, std::int64_t e1) const {
     if (e0 == e1) return;
     const std::int64_t ld = tile.ld, k = column_count();
     if (transposed)
-      return multiply_range(
-          Product<T, S, S>{
-              k, ld, n, {sparse.values, k, true}, {tile.panel, ld, false}, tile.gathered, ld},
-          e0, e1, 0, ld);
+      return by_tokens(tile, row_of<T>(x, tile.t0), x.row_stride, {sparse.values, k, true}, n, e0,
+                       e1, tile.gathered + e0 * ld, ld, true);
     sparse.for_slabs(0, [&](std::int64_t s, std::int64_t begin, std::int64_t end) {
       for (std::int64_t e = std::max(begin, e0); e < std::min(end, e1); ++e)
         std::copy_n(tile.panel + (s * sparse_slab_columns + sparse.pattern.columns[e]) * ld, ld,
@@ -114,30 +130,49 @@ struct SparseProduct {
     });
   }
 
-  static Operand<T> rows_from(Operand<T> a, std::int64_t i) {
-    a.data += a.transposed ? i : i * a.stride;
-    return a;
+  static Operand<T> rows_from(const Operand<T>& a, std::int64_t i) {
+    return {a.data + i * a.stride, a.stride, false};
   }
 
   // Columns [i0, i1) of y.
-  void rows(const Tile& tile, std::int64_t i0, std::int64_t i1, const MatrixView& y) const {
+  void rows(const Tile& tile, const ConstMatrixView& x, std::int64_t i0, std::int64_t i1,
+            const MatrixView& y) const {
     static thread_local Scratch memory;
     const std::int64_t ld = tile.ld, count = i1 - i0;
     S* const sums = memory.get<S>((count + w) * 2 * ld);
     S* const more = sums + (count + w) * ld;
     bool begun = false;
-    const auto add = [&](const Operand<T>& a, std::int64_t k, const S* b) {
+    // multiply_to(to) computes a product, which is added to those before.
+    const auto add = [&](auto&& multiply_to) {
       S* const to = begun ? more : sums;
-      multiply_range(Product<T, S, S>{count, ld, k, rows_from(a, i0), {b, ld, false}, to, ld}, 0,
-                     count, 0, ld);
+      if (left.transposed && tile.tokens() < ld) std::fill_n(to, count * ld, S{0});
+      multiply_to(to);
       for (std::int64_t at = 0; begun && at < count * ld; at += w)
         store(sums + at, structmat::load(sums + at) + structmat::load(more + at));
       begun = true;
     };
-    if (base.data != nullptr) add(base, n, tile.panel);
-    if (r > 0) add(left, r, tile.hidden);
+    const auto by_panel = [&](const Operand<T>& a, std::int64_t k, const S* b, S* to) {
+      multiply_range(Product<T, S, S>{count, ld, k, rows_from(a, i0), {b, ld, false}, to, ld}, 0,
+                     count, 0, ld);
+    };
+    if (base.data != nullptr)
+      add([&](S* to) {
+        if (base.transposed)
+          by_tokens(tile, row_of<T>(x, tile.t0), x.row_stride, base, n, i0, i1, to, ld, true);
+        else
+          by_panel(base, n, tile.panel, to);
+      });
+    if (r > 0)
+      add([&](S* to) {
+        if (left.transposed)
+          by_tokens(tile, tile.hidden, r, left, r, i0, i1, to, ld, true);
+        else
+          by_panel(left, r, tile.hidden, to);
+      });
     if (columns() && !transposed)
-      add({sparse.values, column_count(), false}, column_count(), tile.gathered);
+      add([&](S* to) {
+        by_panel({sparse.values, column_count(), false}, column_count(), tile.gathered, to);
+      });
     for (std::int64_t v = 0; v < ld; v += w) {
       Vec<S> zero{};
       for (std::int64_t part = 0; part < tile.parts; ++part)
@@ -216,9 +251,10 @@ struct SparseProduct {
         static thread_local Scratch own;
         const Tile t = tile(tiles[i], 1, own);
         load(t, x, 0);
-        hidden(t, 0, r, hidden_out);
-        gather(t, 0, k);
-        for (std::int64_t i0 = 0; i0 < m; i0 += chunk()) rows(t, i0, std::min(m, i0 + chunk()), y);
+        hidden(t, x, 0, r, hidden_out);
+        gather(t, x, 0, k);
+        for (std::int64_t i0 = 0; i0 < m; i0 += chunk())
+          rows(t, x, i0, std::min(m, i0 + chunk()), y);
       });
       return;
     }
@@ -233,10 +269,11 @@ struct SparseProduct {
       const Tile t = tile(tiles[i], threads, memory);
       parallel_for(context, threads, [&](std::int64_t part) { load(t, x, part); });
       in_parts(r, kMicroRows, r + kMicroRows,
-               [&](std::int64_t k0, std::int64_t k1) { hidden(t, k0, k1, hidden_out); });
+               [&](std::int64_t k0, std::int64_t k1) { hidden(t, x, k0, k1, hidden_out); });
       in_parts(k, kMicroRows, k + kMicroRows,
-               [&](std::int64_t e0, std::int64_t e1) { gather(t, e0, e1); });
-      in_parts(m, unit(), chunk(), [&](std::int64_t i0, std::int64_t i1) { rows(t, i0, i1, y); });
+               [&](std::int64_t e0, std::int64_t e1) { gather(t, x, e0, e1); });
+      in_parts(m, unit(), chunk(),
+               [&](std::int64_t i0, std::int64_t i1) { rows(t, x, i0, i1, y); });
     }
   }
 };
