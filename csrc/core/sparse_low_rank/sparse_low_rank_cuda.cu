@@ -5,6 +5,7 @@
 #include "sparse_low_rank/sparse_low_rank_plan.h"
 #include "sparse_low_rank/sparse_product_cuda.cuh"
 #include "sparse_low_rank/sparse_rows_cuda.cuh"
+#include "sparse_low_rank/sparse_scatter_cuda.cuh"
 #include "sparse_low_rank/sparse_tiles_cuda.cuh"
 
 namespace structmat {
@@ -65,7 +66,8 @@ template <class T>
 void forward(const Context& context, const ConstMatrixView& x, const SparseLowRankWeights& w,
              const void* bias, const MatrixView& y, MatrixView hidden) {
   const std::int64_t tokens = x.rows, m = w.pattern.rows, n = w.pattern.cols, r = w.u.cols;
-  const bool base = w.base.data != nullptr, half = sizeof(T) == 2;
+  const bool base = w.base.data != nullptr;
+  constexpr bool half = sizeof(T) == 2;
   const ForwardSpace space(product_of(tokens, w), context.workspace);
   const Gemms gemm{context, space.gemm};
   const bool keep = hidden.data != nullptr;
@@ -104,6 +106,11 @@ void forward(const Context& context, const ConstMatrixView& x, const SparseLowRa
   if (r > 0) gemm(x, false, w.v, true, hidden);
   SparseProduct p;
   p.x = x, p.pattern = w.pattern, p.values = w.values.data, p.bias = bias, p.y = y;
+  if constexpr (half)
+    if (space.way == Way::tiles) {
+      multiply_scattered<T>(context, p, hidden, w.u, w.base, false);
+      return spread_nan<T>(context, x, y, true);
+    }
   if (r > 0 || base) {
     const MatrixView sums = half ? MatrixView(space.sums, DType::f32, tokens, m, m) : y;
     if (base) gemm(x, false, w.base, true, sums);
@@ -119,7 +126,8 @@ void input_gradient(const Context& context, const ConstMatrixView& dy, const Con
                     const SparseLowRankWeights& w, const SparseTransposeView& transpose,
                     const BackwardSpace& space, const MatrixView& dx) {
   const std::int64_t tokens = dy.rows, m = w.pattern.rows, n = w.pattern.cols, r = w.u.cols;
-  const bool base = w.base.data != nullptr, half = sizeof(T) == 2;
+  const bool base = w.base.data != nullptr;
+  constexpr bool half = sizeof(T) == 2;
   const Gemms gemm{context, space.gemm};
   if (space.way == Way::dense) {
     const MatrixView weight(space.weight, dy.dtype, m, n, whole_packs(n));
@@ -150,6 +158,11 @@ void input_gradient(const Context& context, const ConstMatrixView& dy, const Con
   permute<T>(context, w.values.data, transpose.permutation, w.pattern.nnz, space.values);
   SparseProduct p;
   p.x = dy, p.pattern = transpose.pattern, p.values = space.values, p.y = dx;
+  if constexpr (half)
+    if (space.way == Way::tiles) {
+      multiply_scattered<T>(context, p, dh, w.v, w.base, true);
+      return spread_nan<T>(context, dy, dx, true);
+    }
   if (r > 0 || base) {
     dense_part();
     p.sums = sums.data, p.sums_stride = sums.row_stride;

@@ -45,7 +45,7 @@ inline Way way_of(const Product& p) {
                  : static_cast<double>(p.nnz) / static_cast<double>(p.m) / static_cast<double>(p.n);
   if (density < (p.half() ? half_density : full_density)) return Way::sparse;
   if (p.tokens >= kDenseTokens) return Way::dense;
-  return Way::sparse;
+  return p.half() && p.tokens > kTileTokens ? Way::tiles : Way::sparse;
 }
 
 constexpr std::int64_t whole_packs(std::int64_t count) {
