@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/column_sums.h"
 #include "cuda/gemm.h"
+#include "sparse_low_rank/sparse_few_cuda.cuh"
 #include "sparse_low_rank/sparse_low_rank_kernels.h"
 #include "sparse_low_rank/sparse_low_rank_plan.h"
 #include "sparse_low_rank/sparse_product_cuda.cuh"
@@ -62,6 +63,33 @@ Joined columns_of(const ConstMatrixView& x, const SparsePatternView& pattern, vo
   return p;
 }
 
+// y = h U^T + x base^T + x S^T + bias in two launches, or one without low rank; `sums` is (T, m).
+template <class T>
+void forward_few(const Context& context, SparseProduct p, const SparseLowRankWeights& w,
+                 const ForwardSpace& space, const MatrixView& hidden) {
+  const std::int64_t tokens = p.x.rows, m = w.pattern.rows, r = w.u.cols;
+  const bool base = w.base.data != nullptr, keep = hidden.data != nullptr;
+  const Gemms gemm{context, space.gemm};
+  const MatrixView y = p.y, sums(space.sums, sum_type(p.x.dtype), tokens, m, m);
+  if (base) gemm(p.x, false, w.base, true, sums);
+  if (keep && r > 0) {
+    gemm(p.x, false, w.v, true, hidden);
+    gemm(hidden, false, w.u, true, sums, base ? 1 : 0);
+  }
+  if (base || (keep && r > 0)) p.sums = sums.data, p.sums_stride = m;
+  // h is wanted, or there is none.
+  if (keep || r == 0) return multiply_few<T>(context, p, false, space.first, {}, nullptr);
+  p.y = sums;
+  multiply_few<T>(context, p, true, space.first, w.v, space.hidden);
+  low_rank::DecodeArgs second{};
+  second.weight = w.u.data, second.weight_stride = w.u.row_stride;
+  second.rows = m, second.cols = r, second.tokens = tokens;
+  second.in = space.hidden, second.in_splits = space.first.splits;
+  second.sums = sums.data, second.bias = p.bias;
+  second.out = y.data, second.out_stride = y.row_stride;
+  low_rank::decode<T, false>(context, low_rank::decode_phase(tokens, m, r, false), second);
+}
+
 template <class T>
 void forward(const Context& context, const ConstMatrixView& x, const SparseLowRankWeights& w,
              const void* bias, const MatrixView& y, MatrixView hidden) {
@@ -102,10 +130,11 @@ void forward(const Context& context, const ConstMatrixView& x, const SparseLowRa
     gemm(x, false, weight, true, y, 0, bias);
     return spread_nan<T>(context, x, y, true);
   }
-  if (!keep) hidden = {space.hidden, x.dtype, tokens, r, r};
-  if (r > 0) gemm(x, false, w.v, true, hidden);
   SparseProduct p;
   p.x = x, p.pattern = w.pattern, p.values = w.values.data, p.bias = bias, p.y = y;
+  if (space.way == Way::few) return forward_few<T>(context, p, w, space, hidden);
+  if (!keep) hidden = {space.hidden, x.dtype, tokens, r, r};
+  if (r > 0) gemm(x, false, w.v, true, hidden);
   if constexpr (half)
     if (space.way == Way::tiles) {
       multiply_scattered<T>(context, p, hidden, w.u, w.base, false);
@@ -167,6 +196,7 @@ void input_gradient(const Context& context, const ConstMatrixView& dy, const Con
     dense_part();
     p.sums = sums.data, p.sums_stride = sums.row_stride;
   }
+  if (space.way == Way::few) return multiply_few<T>(context, p, false, {}, {}, nullptr);
   multiply_sparse<T>(context, p);
 }
 

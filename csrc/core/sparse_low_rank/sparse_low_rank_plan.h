@@ -8,12 +8,14 @@
 #include "cuda/arena.h"
 #include "cuda/column_sums.h"
 #include "cuda/gemm.h"
+#include "low_rank/low_rank_plan.h"
 #include "structmat/matrix.h"
 
 namespace structmat::sparse_low_rank {
 
 enum class Way : int {
   columns,  // every row has the same columns: gathered, then dense products
+  few,      // few tokens: lanes over entries; two launches, h beside the sparse product
   sparse,   // a warp per row, lanes over tokens; x in shared memory
   tiles,    // tensor cores; tiles of S are scattered into shared memory
   dense     // tensor cores; W = U V + S + base is written to memory, rounded once
@@ -24,7 +26,7 @@ enum class Way : int {
 // tokens, 20 TB/s against 312 TFLOP/s (A100) at 6 %; the sparse product reaches about half of that.
 // In fp32 and fp64 a dense product has no tensor cores (15 TFLOP/s of S against 60).
 constexpr double half_density = 0.02, full_density = 0.25;
-constexpr std::int64_t kTileTokens = 32;     // more than these fill the tiles of tensor cores
+constexpr std::int64_t kFewTokens = 32;      // up to here the time is that of reading the weights
 constexpr std::int64_t kDenseTokens = 1024;  // writing W is then a fourth of the product, n = 4096
 
 // What a call multiplies: W (m, n) with `nnz` entries in S, one group of rows or more.
@@ -40,12 +42,13 @@ struct Product {
 
 inline Way way_of(const Product& p) {
   if (p.columns && p.nnz > 0) return Way::columns;
+  if (p.tokens <= kFewTokens) return Way::few;
   const double density =
       p.nnz == 0 ? 0
                  : static_cast<double>(p.nnz) / static_cast<double>(p.m) / static_cast<double>(p.n);
   if (density < (p.half() ? half_density : full_density)) return Way::sparse;
   if (p.tokens >= kDenseTokens) return Way::dense;
-  return p.half() && p.tokens > kTileTokens ? Way::tiles : Way::sparse;
+  return p.half() ? Way::tiles : Way::sparse;
 }
 
 constexpr std::int64_t whole_packs(std::int64_t count) {
@@ -55,9 +58,10 @@ constexpr std::int64_t whole_packs(std::int64_t count) {
 // Where things lie in the workspace; counted where `base` is null.
 struct ForwardSpace {
   Way way;
-  void* hidden;        // h (T, r)
-  void* sums;          // fp32 (T, m): what dense products give, where y is a 16-bit type
-  void* weight;        // W (m, n), rows of whole packs
+  low_rank::DecodePhase first;  // few: h = x V^T
+  void* hidden;                 // h (T, r); few: its parts (splits, T, r), of the type of sums
+  void* sums;    // (T, m) of the type of sums: what other products give, unless they do so in y
+  void* weight;  // W (m, n), rows of whole packs
   void *left, *right;  // [x's columns | h] and [values | U] (T or m, inner)
   void* gemm;
   std::int64_t k, inner;  // columns of S, in whole packs: first of `right`; all columns of it
@@ -71,10 +75,12 @@ struct ForwardSpace {
     const auto element = static_cast<std::int64_t>(size_of(p.dtype));
     k = way == Way::columns ? whole_packs(p.nnz / p.m) : 0;
     inner = k + p.r;
-    const bool columns = way == Way::columns;
-    hidden = take(!columns, p.tokens * p.r, element);
-    sums = take(p.half() && (columns ? p.base : way == Way::sparse && (p.base || p.r > 0)),
-                p.tokens * p.m, 4);
+    const bool columns = way == Way::columns, few = way == Way::few;
+    first = low_rank::decode_phase(p.tokens, p.r, p.n, true);
+    hidden = few ? take(true, first.splits * p.tokens * p.r, p.sum_size())
+                 : take(!columns, p.tokens * p.r, element);
+    const bool apart = few || (p.half() && (columns || way == Way::sparse));
+    sums = take(apart && (p.base || (p.r > 0 && !columns)), p.tokens * p.m, p.sum_size());
     weight = take(way == Way::dense, p.m * whole_packs(p.n), element);
     left = take(columns, p.tokens * inner, element);
     right = take(columns, p.m * inner, element);
@@ -138,10 +144,11 @@ struct BackwardSpace {
     const auto element = static_cast<std::int64_t>(size_of(p.dtype));
     k = way == Way::columns ? p.nnz / p.m : 0;
     hidden = take(true, p.tokens * p.r, element);
-    sums = take(p.half() && (way == Way::columns || (way == Way::sparse && (p.base || p.r > 0))),
+    const bool sparse = way == Way::few || way == Way::sparse;
+    sums = take(p.half() && (way == Way::columns || (sparse && (p.base || p.r > 0))),
                 p.tokens * p.n, 4);
     weight = take(way == Way::dense, p.m * whole_packs(p.n), element);
-    values = take(way == Way::sparse || way == Way::tiles, p.nnz, element);
+    values = take(sparse || way == Way::tiles, p.nnz, element);
     columns = take(way == Way::columns, p.tokens * k, p.sum_size());
     bias_partial = arena.take<unsigned char>(
         static_cast<std::int64_t>(cuda::column_sum_bytes(p.tokens, p.m, p.dtype)));

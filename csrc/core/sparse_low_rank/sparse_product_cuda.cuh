@@ -3,7 +3,7 @@
 // comes through shared memory, token by token side by side, so that an entry of S costs one read
 // without bank conflicts per 32 or 64 multiply-adds; sums stay in registers and are rounded once.
 #pragma once
-#include "cuda/device.h"
+#include "cuda/strided_product_tile.cuh"
 #include "half.h"
 #include "sparse_low_rank/sparse_low_rank_plan.h"
 #include "structmat/error.h"
@@ -21,13 +21,6 @@ struct SparseProduct {
   MatrixView y;  // (T, m)
 };
 
-template <class T, class Sum>
-__device__ T to_output(Sum value) {
-  if constexpr (sizeof(T) == sizeof(Sum))
-    return value;
-  else
-    return from_float<T>(value);
-}
 template <class Sum>
 __device__ Sum not_a_number() {
   return static_cast<Sum>(bits_to_float(0x7fc00000u));
@@ -53,6 +46,18 @@ struct RowOfPattern {
     shift = static_cast<int>((pattern.group - 1) * first + (row - g * pattern.group) * k);
   }
 };
+
+// The first entry of [from, to) whose column is `column` or more.
+__device__ inline int first_entry_from(const std::uint16_t* columns, int from, int to, int column) {
+  while (from < to) {
+    const int middle = from + (to - from) / 2;
+    if (static_cast<int>(columns[middle]) < column)
+      from = middle + 1;
+    else
+      to = middle;
+  }
+  return from;
+}
 
 constexpr int kSparseWarps = 16, kRowsOfWarp = 16, kSparseRows = kSparseWarps * kRowsOfWarp;
 
@@ -206,7 +211,7 @@ __global__ void __launch_bounds__(kSparseWarps * 32, 2) sparse_product_kernel(Sp
     Sum total = shared->sums[t][thread % kSparseRows] + bias;
     if (before != nullptr) total += before[token * p.sums_stride + row];
     if (shared->bad[t] != 0) total = not_a_number<Sum>();
-    y[token * p.y.row_stride + row] = to_output<T>(total);
+    y[token * p.y.row_stride + row] = cuda::rounded<T>(total);
   }
 }
 

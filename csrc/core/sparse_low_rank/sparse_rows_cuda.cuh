@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kRowThreads) round_kernel(Rounded p) {
   for (std::int64_t j = threadIdx.x; j < p.y.cols; j += kRowThreads) {
     Sum sum = sums[j];
     if (p.bias != nullptr) sum += to_float(static_cast<const T*>(p.bias)[j]);
-    y[j] = to_output<T>(sum);
+    y[j] = cuda::rounded<T>(sum);
   }
 }
 
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kRowThreads)
   bool bad = false;
   for (std::int64_t j = lane; j < x.cols; j += 32) bad |= !finite(to_float(from[j]));
   if (__any_sync(~0u, static_cast<int>(bad)) == 0) return;
-  const T nan = to_output<T>(not_a_number<accumulator_t<T>>());
+  const T nan = cuda::rounded<T>(not_a_number<accumulator_t<T>>());
   for (std::int64_t j = lane; j < y.cols; j += 32) to[j] = nan;
 }
 

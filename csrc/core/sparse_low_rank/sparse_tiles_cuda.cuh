@@ -54,8 +54,8 @@ struct Entries {
       const std::int64_t* const slab = pattern.starts + row.starts + tile.col / sparse_slab_columns;
       const int begin = static_cast<int>(tile.col % sparse_slab_columns);
       const int last = static_cast<int>(slab[1]);
-      from[r] = first_from(pattern.columns, static_cast<int>(slab[0]), last, begin);
-      to[r] = first_from(pattern.columns, from[r], last, begin + kCols);
+      from[r] = first_entry_from(pattern.columns, static_cast<int>(slab[0]), last, begin);
+      to[r] = first_entry_from(pattern.columns, from[r], last, begin + kCols);
       shift[r] = row.shift;
     }
   }
@@ -70,19 +70,6 @@ struct Entries {
       for (int entry = from[r] + thread % 8; entry < to[r]; entry += 8)
         f(r, static_cast<int>(pattern.columns[entry]) - begin, entry + shift[r]);
     }
-  }
-
- private:
-  // The first entry of [from, to) whose column is `column` or more.
-  __device__ static int first_from(const std::uint16_t* columns, int from, int to, int column) {
-    while (from < to) {
-      const int middle = from + (to - from) / 2;
-      if (static_cast<int>(columns[middle]) < column)
-        from = middle + 1;
-      else
-        to = middle;
-    }
-    return from;
   }
 };
 
@@ -112,7 +99,7 @@ __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
   } else {
     T* const values = static_cast<T*>(out);
     shared->entries.each(pattern, tile, thread, kThreads, [&](int r, int c, int value) {
-      values[value] = to_output<T>(sums.value[r][c]);
+      values[value] = cuda::rounded<T>(sums.value[r][c]);
     });
   }
 }
@@ -126,7 +113,7 @@ __global__ void __launch_bounds__(256)
   if (e >= nnz) return;
   accumulator_t<T> sum = 0;
   for (std::int64_t s = 0; s < splits; ++s) sum += parts[s * nnz + e];
-  values[e] = to_output<T>(sum);
+  values[e] = cuda::rounded<T>(sum);
 }
 
 // p: A = U, B = V^T, C = W.
