@@ -152,9 +152,7 @@ def decompose(
     return SparseLowRank(U, V, pattern, values, error, [_relative(x, whole) for x in losses])
 
 
-def compensate(
-    W: Tensor, W_hat: Tensor, rank: int, inputs: Tensor | None = None
-) -> Compensation:
+def compensate(W: Tensor, W_hat: Tensor, rank: int, inputs: Tensor | None = None) -> Compensation:
     """The low-rank matrix that best repairs a quantised or pruned weight.
 
     Minimises ``||(W - W_hat - U V) C^(1/2)||_F`` in closed form: with ``D = W - W_hat``, U holds
@@ -286,7 +284,7 @@ def _alternate(
             E_new = E + S - S_new
             F_new = C.times(E_new)
             found = _inner(E_new, F_new)
-            if found <= loss or values is None and t >= limit:
+            if found <= loss or (values is None and t >= limit):
                 pattern, values, S, E, F, loss = chosen, kept, S_new, E_new, F_new, found
                 t = max(1.0, t / 2)
                 break

@@ -37,9 +37,10 @@ def shrink(
     smaller = []
     for report in reports:
         if keep < report.keep:
-            if any(layer.n_blocks is not None for layer in report.layers):
+            if any(x.n_blocks is not None or x.nnz is not None for x in report.layers):
                 raise ValueError(
-                    "load_pretrained: Monarch layers have no leading part: the model can be loaded "
+                    "load_pretrained: Monarch and sparse plus low-rank layers have no leading "
+                    "part: the model can be loaded "
                     f"with keep={report.keep} or without, got {keep}"
                 )
             found = _ranks(report, keep)
