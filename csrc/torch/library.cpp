@@ -68,6 +68,23 @@ STRUCTMAT_LIBRARY(m) {
   m.def(  // its kernel is python/structmat/linalg/svd_gradient.py
       "randomized_svd_backward(Tensor A, Tensor U, Tensor S, Tensor Vh, Tensor? dU, Tensor? dS, "
       "Tensor? dVh, bool center) -> Tensor");
+  m.def("random_subsets(Tensor like, int groups, int count, int per_group, int seed) -> Tensor");
+  m.def(
+      "sampled_matmul(Tensor dy, Tensor x, Tensor starts, Tensor columns, int group, int nnz) -> "
+      "Tensor");
+  m.def(
+      "sparse_low_rank_linear(Tensor x, Tensor? U, Tensor? V, Tensor starts, Tensor columns, "
+      "int rows, int group, Tensor values, Tensor? bias, Tensor? base, bool keep_hidden) -> "
+      "(Tensor y, Tensor hidden)");
+  m.def(
+      "sparse_low_rank_linear_backward(Tensor dy, Tensor? x, Tensor? U, Tensor? V, Tensor starts, "
+      "Tensor columns, int cols, int group, Tensor values, Tensor? base, "
+      "Tensor? transposed_starts, Tensor? transposed_columns, Tensor? permutation, "
+      "Tensor? hidden, bool need_x, bool need_V, bool need_values, bool need_bias) -> "
+      "(Tensor dx, Tensor dU, Tensor dV, Tensor dvalues, Tensor dbias)");
+  m.def(
+      "sparse_transpose(Tensor starts, Tensor columns, int rows, int cols, int group, int nnz) -> "
+      "(Tensor starts, Tensor columns, Tensor permutation)");
   m.def("streaming_svd_shape(int n, int rank) -> (int keep, int chunk)");
   m.def("streaming_svd_check(Tensor rows) -> Tensor");
   m.def(

@@ -23,11 +23,13 @@ from .compress import (  # noqa: E402
     load_pretrained,
     save_pretrained,
 )
+from .sparse_pattern import SparsePattern  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "CompressionReport",
     "LayerReport",
+    "SparsePattern",
     "__version__",
     "cmake_prefix_path",
     "compress",
