@@ -4,5 +4,13 @@
 from .block_diagonal import BlockDiagonalLinear
 from .low_rank import LowRankLinear
 from .monarch import MonarchLinear
+from .reselection import Reselection
+from .sparse_low_rank import SparseLowRankLinear
 
-__all__ = ["BlockDiagonalLinear", "LowRankLinear", "MonarchLinear"]
+__all__ = [
+    "BlockDiagonalLinear",
+    "LowRankLinear",
+    "MonarchLinear",
+    "Reselection",
+    "SparseLowRankLinear",
+]

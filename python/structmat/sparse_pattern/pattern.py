@@ -2,17 +2,26 @@
 """Which entries of a sparse matrix may differ from zero."""
 
 import math
-import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .linalg.svd import check_integer
-
-FAMILIES = ("uniform", "columns", "vector16", "block16")
-_SLAB = 4096  # csrc/include/structmat/sparse_pattern.h
-_STRIP = 16  # rows of vector16 and block16, columns of block16
+from ..linalg.svd import check_integer
+from . import state
+from .families import (
+    SLAB,
+    STRIP,
+    by_place,
+    check_columns,
+    check_shape,
+    grid,
+    groups_of,
+    largest,
+    rows_in_group,
+    slabs_of,
+    wanted_places,
+)
 
 _random_subsets = torch.ops.structmat.random_subsets.default
 _transpose = torch.ops.structmat.sparse_transpose.default
@@ -90,7 +99,7 @@ class SparsePattern:
             raise ValueError(f"SparsePattern: {nnz} entries, at most 2^31 - 1 work")
         made = object.__new__(cls)
         made.shape, made.family, made.nnz, made.seed = shape, family, nnz, seed
-        made.group = _rows_in_group(family, shape[0])
+        made.group = rows_in_group(family, shape[0])
         made.starts, made.columns, made._transposed = starts, columns, None
         return made
 
@@ -110,8 +119,8 @@ class SparsePattern:
         ``uniform`` has ``round(density m n)`` entries, ``columns`` the same ``round(density n)``
         columns in all rows, ``vector16`` as many in each strip of 16 rows, ``block16``
         ``round(density B)`` of the ``B = ceil(n / 16)`` blocks of each strip: all choices of a
-        family are equally likely, and strips are independent. The numbers come from a counter (Philox 4x32-10), the
-        same for any number of threads.
+        family are equally likely, and strips are independent. The numbers come from a counter
+        (Philox 4x32-10), the same for any number of threads.
 
         Args:
             m, n: the shape; either may be 0.
@@ -134,44 +143,49 @@ class SparsePattern:
             30000
         """
         op = "SparsePattern.random"
-        _check_shape(op, m, n)
-        groups, places = _grid(op, m, n, family)
-        wanted = _wanted(op, density, places)
+        check_shape(op, m, n)
+        _, places = grid(op, m, n, family)
+        wanted = wanted_places(op, density, places)
         check_integer("seed", seed, op)
         if not 0 <= seed < 2**63:
             raise ValueError(f"{op}: seed is {seed}, wanted 0 to 2^63 - 1")
-        known = (
-            family != "block16" or n % _STRIP == 0
-        )  # else whether the last block is chosen counts
+        # Else it counts whether the last block, which is narrower, is among the chosen.
+        known = family != "block16" or n % STRIP == 0
         if known and torch.empty(0, device=device).is_meta:
             return cls._on_meta(m, n, family, wanted, seed)
+        made = cls._drawn(m, n, family, wanted, seed)
+        return made.to(torch.empty(0, device=device).device)
+
+    @classmethod
+    def _drawn(cls, m: int, n: int, family: str, wanted: int, seed: int) -> "SparsePattern":
+        groups, places = grid("SparsePattern", m, n, family)
         like = torch.empty(0, dtype=torch.int64, device="cpu")
         chosen = _random_subsets(like, groups, places, wanted, seed)
         made = cls._from_choice(m, n, family, chosen)
         made.seed = seed
-        return made.to(torch.empty(0, device=device).device)
+        return made
 
     @classmethod
     def _on_meta(cls, m: int, n: int, family: str, wanted: int, seed: int) -> "SparsePattern":
         """Sizes without places, for layers on the meta device."""
-        groups = _groups(family, m)
-        count = wanted * {"uniform": 1, "block16": _STRIP * groups}.get(family, groups)
-        nnz = wanted * {"uniform": 1, "block16": _STRIP * m}.get(family, m)
-        starts = torch.empty(groups * _slabs(n) + 1, dtype=torch.int64, device="meta")
+        groups = groups_of(family, m)
+        count = wanted * {"uniform": 1, "block16": STRIP * groups}.get(family, groups)
+        nnz = wanted * {"uniform": 1, "block16": STRIP * m}.get(family, m)
+        starts = torch.empty(groups * slabs_of(n) + 1, dtype=torch.int64, device="meta")
         columns = torch.empty(count, dtype=torch.uint16, device="meta")
         return cls._of((m, n), family, starts, columns, nnz, seed)
 
     @classmethod
     def _from_choice(cls, m: int, n: int, family: str, chosen: Tensor) -> "SparsePattern":
-        """The pattern of the chosen places ``(groups, wanted)`` of :func:`_grid`, ascending."""
+        """The pattern of the chosen places ``(groups, wanted)`` of :func:`grid`, ascending."""
         device = chosen.device
-        groups = _groups(family, m)
+        groups = groups_of(family, m)
         if family == "uniform":
             group, column = chosen[0] // max(n, 1), chosen[0] % max(n, 1)
         else:
             column = chosen
             if family == "block16":
-                column = chosen[..., None] * _STRIP + torch.arange(_STRIP, device=device)
+                column = chosen[..., None] * STRIP + torch.arange(STRIP, device=device)
                 column = column.flatten(1)
             group = torch.arange(groups, device=device)[:, None].expand(column.shape).flatten()
             column = column.flatten()
@@ -184,15 +198,15 @@ class SparsePattern:
         cls, m: int, n: int, family: str, group: Tensor, column: Tensor
     ) -> "SparsePattern":
         """From the columns of the groups, sorted by both."""
-        slabs, groups = _slabs(n), _groups(family, m)
-        counts = torch.bincount(group * slabs + column // _SLAB, minlength=groups * slabs)
+        slabs, groups = slabs_of(n), groups_of(family, m)
+        counts = torch.bincount(group * slabs + column // SLAB, minlength=groups * slabs)
         starts = torch.zeros(groups * slabs + 1, dtype=torch.int64, device=column.device)
         torch.cumsum(counts, 0, out=starts[1:])
-        rows = _rows_in_group(family, m)
+        rows = rows_in_group(family, m)
         nnz = rows * len(column)
         if groups and m % rows:  # the last group has fewer rows
             nnz -= (rows - m % rows) * int(starts[-1] - starts[(groups - 1) * slabs])
-        return cls._of((m, n), family, starts, (column % _SLAB).to(torch.uint16), nnz)
+        return cls._of((m, n), family, starts, (column % SLAB).to(torch.uint16), nnz)
 
     @classmethod
     def from_mask(cls, mask: Tensor, *, family: str = "uniform") -> "SparsePattern":
@@ -219,13 +233,13 @@ class SparsePattern:
         if mask.dim() != 2:
             raise ValueError(f"{op}: mask must have 2 dimensions, got {mask.dim()}")
         m, n = mask.shape
-        groups, _ = _grid(op, m, n, family)
+        groups, _ = grid(op, m, n, family)
         if family == "uniform":
             row, column = mask.nonzero(as_tuple=True)
             return cls._from_columns(m, n, family, row, column)
-        chosen = _by_place(mask, family).amax(2) if m and n else mask.new_zeros(groups, 0)
+        chosen = by_place(mask, family).amax(2) if m and n else mask.new_zeros(groups, 0)
         index = chosen.nonzero(as_tuple=True)
-        width = _STRIP if family == "block16" else 1
+        width = STRIP if family == "block16" else 1
         column = (index[1][:, None] * width + torch.arange(width, device=mask.device)).flatten()
         group = index[0][:, None].expand(-1, width).flatten()
         inside = column < n
@@ -268,7 +282,8 @@ class SparsePattern:
         if isinstance(crow, Tensor) and crow.layout == torch.sparse_csr:
             if columns is not None or shape is not None:
                 raise TypeError(f"{op}: a CSR tensor is given alone")
-            crow, columns, shape = crow.crow_indices(), crow.col_indices(), tuple(crow.shape)
+            shape = crow.shape[0], crow.shape[1]
+            crow, columns = crow.crow_indices(), crow.col_indices()
         if columns is None or shape is None:
             raise TypeError(f"{op}: wanted a CSR tensor, or crow, columns and shape")
         for name, index in {"crow": crow, "columns": columns}.items():
@@ -279,7 +294,7 @@ class SparsePattern:
         if len(shape) != 2:
             raise ValueError(f"{op}: shape is {tuple(shape)}, wanted (m, n)")
         m, n = shape
-        _check_shape(op, m, n)
+        check_shape(op, m, n)
         if crow.device != columns.device:
             raise ValueError(f"{op}: columns is on {columns.device}, crow on {crow.device}")
         if crow.shape != (m + 1,) or columns.dim() != 1:
@@ -294,7 +309,7 @@ class SparsePattern:
         row = torch.arange(m, device=crow.device).repeat_interleave(
             counts, output_size=len(columns)
         )
-        _check_columns(op, row, columns, n)
+        check_columns(op, row, columns, n)
         return cls._from_columns(m, n, "uniform", row, columns)
 
     @classmethod
@@ -316,7 +331,7 @@ class SparsePattern:
                     [0, 1, 0, 1]], dtype=torch.int32)
         """
         op = "SparsePattern.from_columns"
-        _check_shape(op, m, n)
+        check_shape(op, m, n)
         if not isinstance(columns, Tensor) or columns.dtype not in (torch.int32, torch.int64):
             kind = columns.dtype if isinstance(columns, Tensor) else type(columns).__name__
             raise TypeError(f"{op}: columns is {kind}, wanted torch.int32 or torch.int64")
@@ -324,7 +339,7 @@ class SparsePattern:
             raise ValueError(f"{op}: columns must have 1 dimension, got {columns.dim()}")
         columns = columns.long()
         group = torch.zeros_like(columns)
-        _check_columns(op, group, columns, n)
+        check_columns(op, group, columns, n)
         kept = slice(None) if m else slice(0)
         return cls._from_columns(m, n, "columns", group[kept], columns[kept])
 
@@ -362,8 +377,8 @@ class SparsePattern:
         if scores.dim() != 2:
             raise ValueError(f"{op}: scores must have 2 dimensions, got {scores.dim()}")
         m, n = scores.shape
-        groups, places = _grid(op, m, n, family)
-        wanted = _wanted(op, density, places)
+        groups, places = grid(op, m, n, family)
+        wanted = wanted_places(op, density, places)
         scores = scores.detach()
         if scores.numel() and not (float(scores.min()) >= 0 and float(scores.max()) < math.inf):
             raise ValueError(f"{op}: scores must be finite and not negative")
@@ -371,8 +386,8 @@ class SparsePattern:
             sums = scores.reshape(groups, places)
         else:
             wide = torch.promote_types(scores.dtype, torch.float32)
-            sums = _by_place(scores.to(wide), family).sum(2)
-        return cls._from_choice(m, n, family, _largest(sums, wanted))
+            sums = by_place(scores.to(wide), family).sum(2)
+        return cls._from_choice(m, n, family, largest(sums, wanted))
 
     @property
     def density(self) -> float:
@@ -427,11 +442,11 @@ class SparsePattern:
             (tensor([0, 1, 2]), tensor([0, 1]), tensor([3, 3]))
         """
         (m, n), device = self.shape, self.device
-        slabs = _slabs(n)
+        slabs = slabs_of(n)
         total = len(self.columns)
         slab = torch.arange(len(self.starts) - 1, device=device) % max(slabs, 1)
         slab = slab.repeat_interleave(self.starts.diff(), output_size=total)
-        columns = slab * _SLAB + self.columns.to(torch.int64)
+        columns = slab * SLAB + self.columns.to(torch.int64)
         crow = torch.zeros(m + 1, dtype=torch.int64, device=device)
         if self.nnz == 0:
             return crow, crow[:0], crow[:0]
@@ -498,7 +513,7 @@ class SparsePattern:
     def state_dict(self, *, indices: bool = False) -> dict[str, Tensor]:
         """Tensors that :meth:`from_state_dict` makes the same pattern of; safetensors takes them.
 
-        A pattern made by :meth:`random` is held as its family, size and seed, 64 bytes, with a
+        A pattern made by :meth:`random` is held as its family, size and seed, 56 bytes, with a
         checksum of the index; any other one, or any with ``indices=True``, as its index.
 
         Example:
@@ -508,24 +523,16 @@ class SparsePattern:
             >>> list(state), sm.SparsePattern.from_state_dict(state) == pattern
             (['drawn'], True)
         """
-        (m, n), family = self.shape, FAMILIES.index(self.family)
-        if self.seed is None or indices:
-            shape = torch.tensor([m, n, family], dtype=torch.int64)
-            return {"shape": shape, "starts": self.starts, "columns": self.columns}
-        _, places = _grid("", m, n, self.family)
-        groups = _groups(self.family, m)
-        wanted = self._places_in_group(groups, places)
-        facts = [m, n, family, wanted, self.seed, self.nnz, self._checksum()]
-        return {"drawn": torch.tensor(facts, dtype=torch.int64)}
+        return state.save(self, indices)
 
     @classmethod
     def from_state_dict(
-        cls, state: dict[str, Tensor], *, device: torch.device | str | None = None
+        cls, given: dict[str, Tensor], *, device: torch.device | str | None = None
     ) -> "SparsePattern":
         """The pattern of a :meth:`state_dict`.
 
         Args:
-            state: as :meth:`state_dict` made it.
+            given: as :meth:`state_dict` made it.
             device: of the index; that of the tensors if ``None``.
 
         Raises:
@@ -533,87 +540,7 @@ class SparsePattern:
             ValueError: missing tensors, an index that is no pattern, or one drawn anew that is not
                 the one that was saved.
         """
-        op = "SparsePattern.from_state_dict"
-        if "drawn" in state:
-            facts = state["drawn"]
-            if facts.dtype != torch.int64 or facts.shape != (7,):
-                raise ValueError(f"{op}: drawn must be 7 numbers of int64")
-            m, n, family, wanted, seed, nnz, checksum = facts.tolist()
-            if not 0 <= family < len(FAMILIES):
-                raise ValueError(f"{op}: {family} is no family")
-            _check_shape(op, m, n)
-            groups, places = _grid(op, m, n, FAMILIES[family])
-            if not 0 <= wanted <= places:
-                raise ValueError(f"{op}: {wanted} of {places} places are drawn")
-            like = torch.empty(0, dtype=torch.int64, device="cpu")
-            chosen = _random_subsets(like, groups, places, wanted, seed)
-            made = cls._from_choice(m, n, FAMILIES[family], chosen)
-            made.seed = seed
-            if made.nnz != nnz or made._checksum() != checksum:
-                raise ValueError(f"{op}: the pattern drawn from seed {seed} is not the saved one")
-            return made.to(facts.device if device is None else device)
-        missing = {"shape", "starts", "columns"} - state.keys()
-        if missing:
-            raise ValueError(f"{op}: {', '.join(sorted(missing))} missing")
-        facts, starts, columns = state["shape"], state["starts"], state["columns"]
-        if facts.dtype != torch.int64 or facts.shape != (3,):
-            raise ValueError(f"{op}: shape must be 3 numbers of int64")
-        m, n, family = facts.tolist()
-        if not 0 <= family < len(FAMILIES):
-            raise ValueError(f"{op}: {family} is no family")
-        made = cls._from_index(op, m, n, FAMILIES[family], starts, columns)
-        return made if device is None else made.to(device)
-
-    @classmethod
-    def _from_index(
-        cls, op: str, m: int, n: int, family: str, starts: Tensor, columns: Tensor
-    ) -> "SparsePattern":
-        """A pattern around an index that may come from anywhere: all of it is checked."""
-        _check_shape(op, m, n)
-        _grid(op, m, n, family)
-        slabs, groups = _slabs(n), _groups(family, m)
-        if starts.dtype != torch.int64 or columns.dtype != torch.uint16:
-            raise TypeError(
-                f"{op}: starts is {starts.dtype} and columns {columns.dtype}, wanted torch.int64 "
-                "and torch.uint16"
-            )
-        if starts.shape != (groups * slabs + 1,) or columns.dim() != 1:
-            raise ValueError(
-                f"{op}: starts is {tuple(starts.shape)} and columns {tuple(columns.shape)}, wanted "
-                f"({groups * slabs + 1},) and one dimension"
-            )
-        counts = starts.diff()
-        if int(starts[0]) != 0 or int(starts[-1]) != len(columns) or bool((counts < 0).any()):
-            raise ValueError(f"{op}: starts must ascend from 0 to {len(columns)}")
-        cell = torch.arange(groups * slabs, device=starts.device)
-        cell = cell.repeat_interleave(counts, output_size=len(columns))
-        place = columns.to(torch.int64)
-        _check_columns(op, cell, place, _SLAB)
-        group, column = cell // max(slabs, 1), cell % max(slabs, 1) * _SLAB + place
-        _check_columns(op, group, column, n)
-        if family == "block16":
-            blocks = -(-n // _STRIP)
-            width = torch.bincount(group * blocks + column // _STRIP, minlength=groups * blocks)
-            full = torch.full((blocks,), _STRIP, device=starts.device)
-            full[n // _STRIP :] = n % _STRIP
-            if bool(((width != 0) & (width != full.repeat(groups))).any()):
-                raise ValueError(f"{op}: a block lacks columns")
-        return cls._from_columns(m, n, family, group, column)
-
-    def _places_in_group(self, groups: int, places: int) -> int:
-        """How many of the places of :func:`_grid` each group has."""
-        if self.family == "uniform":
-            return self.nnz
-        if groups == 0 or places == 0:
-            return 0
-        columns = self.columns[: int(self.starts[_slabs(self.shape[1])])]
-        if self.family != "block16":
-            return len(columns)
-        return -(-len(columns) // _STRIP)
-
-    def _checksum(self) -> int:
-        starts, columns = self.starts.cpu().contiguous(), self.columns.cpu().contiguous()
-        return zlib.crc32(columns.numpy().tobytes(), zlib.crc32(starts.numpy().tobytes()))
+        return state.load(cls, given, device)
 
     def __eq__(self, other: object) -> bool:
         """Whether shape, family and support are the same, on any devices."""
@@ -639,77 +566,6 @@ class SparsePattern:
         )
 
 
-def _slabs(n: int) -> int:
-    return -(-n // _SLAB)
-
-
-def _rows_in_group(family: str, m: int) -> int:
-    return {"uniform": 1, "columns": max(m, 1)}.get(family, _STRIP)
-
-
-def _groups(family: str, m: int) -> int:
-    return -(-m // _rows_in_group(family, m))
-
-
-def _grid(op: str, m: int, n: int, family: str) -> tuple[int, int]:
-    """Groups, and the places of each among which a family chooses."""
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(f"{op}: family is {family!r}, wanted one of {', '.join(FAMILIES)}")
-    if family == "uniform":
-        return 1, m * n
-    return _groups(family, m), n if family != "block16" else -(-n // _STRIP)
-
-
-def _wanted(op: str, density: float, places: int) -> int:
-    if not isinstance(density, int | float) or not 0 <= density <= 1:
-        raise ValueError(f"{op}: density is {density!r}, wanted 0 to 1")
-    return min(math.floor(density * places + 0.5), places)
-
-
-def _by_place(W: Tensor, family: str) -> Tensor:
-    """A matrix ``(m, n)`` as ``(groups, places, entries)``, padded by zeros."""
-    m, n = W.shape
-    rows, width = _rows_in_group(family, m), _STRIP if family == "block16" else 1
-    below, right = -m % rows, -n % width
-    if below or right:
-        W = torch.nn.functional.pad(W, (0, right, 0, below))
-    groups, places = (m + below) // rows, (n + right) // width
-    return W.view(groups, rows, places, width).transpose(1, 2).flatten(2)
-
-
-def _largest(scores: Tensor, wanted: int) -> Tensor:
-    """Indices ``(groups, wanted)`` of the largest of each row, ascending; of equals, the first."""
-    groups, places = scores.shape
-    if wanted in (0, places):
-        return torch.arange(wanted, device=scores.device).expand(groups, wanted)
-    least = scores.kthvalue(places - wanted + 1, dim=1, keepdim=True).values
-    above, equal = scores > least, scores == least
-    room = wanted - above.sum(1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(1) <= room))
-    return chosen.nonzero()[:, 1].view(groups, wanted)
-
-
-def _check_shape(op: str, m: int, n: int) -> None:
-    check_integer("m", m, op)
-    check_integer("n", n, op)
-    if m < 0 or n < 0:
-        raise ValueError(f"{op}: the shape is ({m}, {n}), wanted no negative size")
-
-
-def _check_columns(op: str, row: Tensor, columns: Tensor, n: int) -> None:
-    """Raises unless columns are in range and ascend in each row."""
-    if len(columns) == 0:
-        return
-    if int(columns.min()) < 0 or int(columns.max()) >= n:
-        worst = int(columns.min()) if int(columns.min()) < 0 else int(columns.max())
-        raise ValueError(f"{op}: column {worst} is out of range for {n} columns")
-    step = columns.diff()[row.diff() == 0]
-    if bool((step == 0).any()):
-        raise ValueError(f"{op}: a column is given twice in a row")
-    if bool((step < 0).any()):
-        raise ValueError(f"{op}: the columns of a row must ascend")
-
-
 @torch.library.register_fake("structmat::random_subsets")
 def _(like: Tensor, groups: int, count: int, per_group: int, seed: int) -> Tensor:
     return like.new_empty((groups, per_group))
@@ -720,7 +576,7 @@ def _(
     starts: Tensor, columns: Tensor, rows: int, cols: int, group: int, nnz: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        starts.new_empty((cols * _slabs(rows) + 1,)),
+        starts.new_empty((cols * slabs_of(rows) + 1,)),
         columns.new_empty((nnz,)),
         starts.new_empty((nnz,), dtype=torch.int32),
     )

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``y = x (U V + S)^T + b``: a linear layer with a weight of low rank plus a sparse one."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..linalg.svd import check_integer
+from ..sparse_pattern import SparsePattern
+from ..sparse_pattern.state import from_index
+from .blocks import check_dtype, check_sizes
+from .convert import dense_like, finite_weight
+from .product import product
+from .reselection import Reselection
+
+_INITS = ("sltrain", "lost")
+
+
+class SparseLowRankLinear(nn.Module):
+    """A linear layer with the weight ``W = U V + S``, ``S`` sparse on a fixed support.
+
+    ``y = x (U V + S)^T + bias`` maps ``(..., n)`` to ``(..., m)`` with
+    ``rank (m + n) + density m n`` weights instead of ``m n``, and no gradient of ``m n`` numbers
+    either.
+
+    Args:
+        in_features: ``n``.
+        out_features: ``m``.
+        rank: ``r``, from 0 to ``min(m, n)``; with 0 the weight is sparse alone.
+        density: the share of entries of ``S``, 0 to 1.
+        family: of the support, see :class:`structmat.SparsePattern`: ``"uniform"``, ``"columns"``,
+            ``"vector16"`` or ``"block16"``.
+        bias: add a learned bias.
+        init: ``"sltrain"`` or ``"lost"``, see :meth:`reset_parameters`.
+        seed: of the support.
+        device, dtype: of the parameters.
+
+    Attributes:
+        U: ``(m, r)``.
+        V: ``(r, n)``.
+        values: ``(nnz,)``, the entries of ``S`` in the order of the pattern.
+        bias: ``(m,)`` or ``None``.
+        pattern: the :class:`structmat.SparsePattern` of ``S``. Its index lies in the buffers
+            ``starts`` and ``columns`` (as bytes, which all means of communication carry), so that
+            ``state_dict`` is complete and loading takes the support with the values.
+        weight: ``U V + S (m, n)``, computed when it is used.
+
+    Raises:
+        TypeError: a size is no integer, or dtype none of float32, float64, bfloat16 and float16.
+        ValueError: a size is below one, ``rank`` above ``min(m, n)``, ``density`` out of range, or
+            an option is unknown.
+
+    Cost: ``2 (r (m + n) + nnz)`` FLOPs a row, see :func:`structmat.ops.sparse_low_rank_linear`.
+
+    Sources: Han et al., SLTrain: a sparse plus low-rank approach for parameter and memory efficient
+    pretraining, 2024; LOST: Low-rank and Sparse Pre-training for Large Language Models, 2025.
+
+    Example:
+        >>> import torch, structmat as sm
+        >>> layer = sm.nn.SparseLowRankLinear(64, 32, rank=4, density=0.1)
+        >>> layer(torch.randn(5, 64)).shape
+        torch.Size([5, 32])
+        >>> dense = torch.nn.Linear(64, 32)
+        >>> all_of_it = sm.nn.SparseLowRankLinear.from_linear(dense, 4, 1.0)
+        >>> torch.allclose(all_of_it.to_linear().weight, dense.weight, atol=1e-5)
+        True
+    """
+
+    U: nn.Parameter
+    V: nn.Parameter
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    starts: Tensor
+    columns: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        density: float,
+        *,
+        family: str = "uniform",
+        bias: bool = True,
+        init: str = "sltrain",
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes("SparseLowRankLinear", in_features, out_features, None)
+        _check_rank("SparseLowRankLinear", rank, out_features, in_features)
+        check_dtype("SparseLowRankLinear", dtype)
+        if init not in _INITS:
+            raise ValueError(
+                f"SparseLowRankLinear: init is {init!r}, wanted one of {', '.join(_INITS)}"
+            )
+        pattern = SparsePattern.random(
+            out_features, in_features, density, family=family, seed=seed, device=device
+        )
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.density, self.family, self.init = density, family, init
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.U = nn.Parameter(torch.empty(out_features, rank, **like))
+        self.V = nn.Parameter(torch.empty(rank, in_features, **like))
+        self.values = nn.Parameter(torch.empty(pattern.nnz, **like))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, **like))
+        else:
+            self.register_parameter("bias", None)
+        self._take(pattern)
+        self.reset_parameters()
+
+    def _take(self, pattern: SparsePattern) -> None:
+        self.register_buffer("starts", pattern.starts)
+        # NCCL and gloo know no uint16; DistributedDataParallel broadcasts buffers.
+        self.register_buffer("columns", pattern.columns.view(torch.uint8))
+        self._pattern, self._taken = pattern, self.columns
+
+    @property
+    def pattern(self) -> SparsePattern:
+        """The support, on the device of the layer."""
+        if self._taken is self.columns:
+            return self._pattern
+        seed = self._pattern.seed
+        if seed is not None and self._pattern.device.type == "meta" and not self.columns.is_meta:
+            shape = self.out_features, self.in_features  # to_empty leaves it to us what is there
+            self._take(
+                SparsePattern.random(
+                    *shape, self.density, family=self.family, seed=seed, device=self.columns.device
+                )
+            )
+        else:  # the layer has moved
+            self._pattern = SparsePattern._of(
+                (self.out_features, self.in_features),
+                self.family,
+                self.starts,
+                self.columns.view(torch.uint16),
+                self._pattern.nnz,
+                self._pattern.seed,
+            )
+            self._taken = self.columns
+        return self._pattern
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters, as ``init`` says; the bias is zero.
+
+        ``"sltrain"``: ``V`` and ``values`` by ``U(-1/sqrt(n), 1/sqrt(n))``, ``U`` zero, so that
+        training begins from the sparse matrix alone. The support stays.
+
+        ``"lost"``: a matrix by ``N(0, 1/n)``, split as by :meth:`from_linear`: ``U V`` is the head
+        of its SVD, and ``S`` the part of the residual that has the largest norm, with the published
+        ``family="columns"`` its largest columns. The support changes with it. Costs one truncated
+        SVD and the dense matrix while it runs.
+        """
+        scale = 1 / math.sqrt(self.in_features)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.init == "sltrain":
+            nn.init.uniform_(self.V, -scale, scale)
+            nn.init.uniform_(self.values, -scale, scale)
+            nn.init.zeros_(self.U)
+        elif not self.V.is_meta:
+            W = torch.empty(self.out_features, self.in_features, device=self.V.device)
+            nn.init.normal_(W, std=scale)
+            U, V, pattern, values = _decompose(W, self.rank, self.density, self.family)
+            with torch.no_grad():
+                self.U.copy_(U)
+                self.V.copy_(V)
+                self.values.data = values.to(self.values)
+            self._take(pattern)
+
+    @property
+    def weight(self) -> Tensor:
+        """``W = U V + S``, for code that reads the weight of a dense layer. Not a parameter.
+
+        Its dtype, device and shape cost nothing; any other use computes the matrix, ``2 m n r``
+        FLOPs each time and ``m n`` numbers of memory, and gradients flow to ``U``, ``V`` and
+        ``values``.
+
+        Raises:
+            RuntimeError: it is written to, which would change none of them. ``weight.data`` and
+                ``weight.detach()`` are copies, and can be.
+        """
+        shape = self.out_features, self.in_features
+        parts: dict[str, Tensor] = {"U": self.U, "V": self.V, "values": self.values}
+        return product("SparseLowRankLinear", shape, parts, self._dense)
+
+    def _dense(self, U: Tensor, V: Tensor, values: Tensor) -> Tensor:
+        return U @ V + self.pattern.scatter(values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.sparse_low_rank_linear(x, self.U, self.V, self.pattern, self.values, self.bias)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, rank: int, density: float, *, family: str = "uniform"
+    ) -> "SparseLowRankLinear":
+        """A layer near a given ``nn.Linear``, of its dtype and device.
+
+        ``U V`` is the truncated SVD of ``W``, ``S`` the part of the residual with the largest norm
+        that the family and the density allow.
+
+        Args:
+            linear: the dense layer, left as it is.
+            rank, density, family: as those of the constructor.
+
+        Raises:
+            TypeError: ``linear`` is no ``nn.Linear``, or ``rank`` no integer.
+            ValueError: bad rank, density or family, NaN or Inf in the weight.
+        """
+        op = "SparseLowRankLinear.from_linear"
+        W = finite_weight(op, linear)
+        _check_rank(op, rank, *W.shape)
+        U, V, pattern, values = _decompose(W, rank, density, family)
+        layer = cls(W.shape[1], W.shape[0], rank, density, family=family, bias=False, device="meta")
+        layer.U = nn.Parameter(U.to(W, copy=True).contiguous())
+        layer.V = nn.Parameter(V.to(W, copy=True).contiguous())
+        layer.values = nn.Parameter(values.to(W))
+        layer._take(pattern)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone())
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The dense layer with ``W = U V + S``, of the same dtype and device."""
+        U, V, values = (a.detach().double() for a in (self.U, self.V, self.values))
+        return dense_like(self, self._dense(U, V, values), self.U)
+
+    @torch.no_grad()
+    def reselect(self, scores: Tensor) -> Reselection:
+        """Moves the support to the entries with the largest scores that the family allows.
+
+        Values of entries that stay are kept, new ones are zero, and the gradient is dropped.
+        ``values`` remains the same parameter, so that optimizers keep it;
+        :meth:`Reselection.carry_optimizer_state` moves what they know of it.
+
+        Args:
+            scores: ``(m, n)``, not below zero, such as the magnitude of a gradient or of the
+                weight; :meth:`structmat.SparsePattern.from_scores` tells how they are used.
+
+        Returns:
+            Which entries stayed.
+
+        Raises:
+            TypeError: no floating tensor.
+            ValueError: another shape or device, NaN, Inf or negative numbers.
+
+        Cost: a few passes over the scores; everything else is ``O(nnz log nnz)``.
+
+        Example:
+            >>> import torch, structmat as sm
+            >>> layer = sm.nn.SparseLowRankLinear(64, 32, rank=4, density=0.1)
+            >>> optimizer = torch.optim.Adam(layer.parameters())
+            >>> moved = layer.reselect(torch.rand(32, 64))
+            >>> moved.carry_optimizer_state(optimizer)
+        """
+        op = "SparseLowRankLinear.reselect"
+        shape = self.out_features, self.in_features
+        if isinstance(scores, Tensor) and tuple(scores.shape) != shape:
+            raise ValueError(f"{op}: scores is {tuple(scores.shape)}, wanted {shape}")
+        if isinstance(scores, Tensor) and scores.device != self.values.device:
+            raise ValueError(f"{op}: scores is on {scores.device}, wanted {self.values.device}")
+        pattern = SparsePattern.from_scores(scores, self.density, family=self.family)
+        moved = Reselection.between(self.pattern, pattern, self.values)
+        self.values.data = moved.carry(self.values.data)
+        self.values.grad = None
+        self._take(pattern)
+        return moved
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """The support comes from the state, checked, and may differ in its number of entries."""
+        starts, columns = (state_dict.get(prefix + name) for name in ("starts", "columns"))
+        if isinstance(starts, Tensor) and isinstance(columns, Tensor) and not starts.is_meta:
+            device = self.values.device
+            pattern = from_index(
+                SparsePattern,
+                "SparseLowRankLinear.load_state_dict",
+                self.out_features,
+                self.in_features,
+                self.family,
+                starts,
+                columns.view(torch.uint16) if columns.dtype == torch.uint8 else columns,
+            )
+            if device.type != "meta":
+                pattern = pattern.to(device)
+            if pattern.nnz != self.values.numel():
+                self.values.data = self.values.data.new_empty(pattern.nnz)
+            self._take(pattern)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self._taken is not self.columns and not self.columns.is_meta:  # assigned, not copied
+            self._taken = self.columns
+            self._pattern = self._pattern.to(self.columns.device)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"nnz={self.pattern.nnz}, family={self.family!r}, bias={self.bias is not None}"
+        )
+
+
+def _check_rank(op: str, rank: int, m: int, n: int) -> None:
+    check_integer("rank", rank, op)
+    if not 0 <= rank <= min(m, n):
+        raise ValueError(
+            f"{op}: rank must be from 0 to {min(m, n)} for {n} in, {m} out, got {rank}"
+        )
+
+
+def _decompose(
+    W: Tensor, rank: int, density: float, family: str
+) -> tuple[Tensor, Tensor, SparsePattern, Tensor]:
+    """``U``, ``V``, the support and its values: one truncated SVD, and the largest residual."""
+    from ..compress import factor
+
+    factors = factor.svd(W)
+    U, V = factors.U[:, :rank], factors.V[:rank]
+    residual = W.double() - U @ V
+    pattern = SparsePattern.from_scores(residual.square(), density, family=family)
+    return U, V, pattern, pattern.gather(residual)

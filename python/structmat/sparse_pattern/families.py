@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the families of sparse patterns choose: groups of rows, places among which each chooses."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..linalg.svd import check_integer
+
+FAMILIES = ("uniform", "columns", "vector16", "block16")
+SLAB = 4096  # csrc/include/structmat/sparse_pattern.h
+STRIP = 16  # rows of vector16 and block16, columns of block16
+
+
+def slabs_of(n: int) -> int:
+    return -(-n // SLAB)
+
+
+def rows_in_group(family: str, m: int) -> int:
+    return {"uniform": 1, "columns": max(m, 1)}.get(family, STRIP)
+
+
+def groups_of(family: str, m: int) -> int:
+    return -(-m // rows_in_group(family, m))
+
+
+def grid(op: str, m: int, n: int, family: str) -> tuple[int, int]:
+    """Groups, and the places of each among which a family chooses."""
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ValueError(f"{op}: family is {family!r}, wanted one of {', '.join(FAMILIES)}")
+    if family == "uniform":
+        return 1, m * n
+    return groups_of(family, m), n if family != "block16" else -(-n // STRIP)
+
+
+def wanted_places(op: str, density: float, places: int) -> int:
+    if not isinstance(density, int | float) or not 0 <= density <= 1:
+        raise ValueError(f"{op}: density is {density!r}, wanted 0 to 1")
+    return min(math.floor(density * places + 0.5), places)
+
+
+def by_place(W: Tensor, family: str) -> Tensor:
+    """A matrix ``(m, n)`` as ``(groups, places, entries)``, padded by zeros."""
+    m, n = W.shape
+    rows, width = rows_in_group(family, m), STRIP if family == "block16" else 1
+    below, right = -m % rows, -n % width
+    if below or right:
+        W = torch.nn.functional.pad(W, (0, right, 0, below))
+    groups, places = (m + below) // rows, (n + right) // width
+    return W.view(groups, rows, places, width).transpose(1, 2).flatten(2)
+
+
+def largest(scores: Tensor, wanted: int) -> Tensor:
+    """Indices ``(groups, wanted)`` of the largest of each row, ascending; of equals, the first."""
+    groups, places = scores.shape
+    if wanted in (0, places):
+        return torch.arange(wanted, device=scores.device).expand(groups, wanted)
+    least = scores.kthvalue(places - wanted + 1, dim=1, keepdim=True).values
+    above, equal = scores > least, scores == least
+    room = wanted - above.sum(1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(1) <= room))
+    return chosen.nonzero()[:, 1].view(groups, wanted)
+
+
+def check_shape(op: str, m: int, n: int) -> None:
+    check_integer("m", m, op)
+    check_integer("n", n, op)
+    if m < 0 or n < 0:
+        raise ValueError(f"{op}: the shape is ({m}, {n}), wanted no negative size")
+
+
+def check_columns(op: str, row: Tensor, columns: Tensor, n: int) -> None:
+    """Raises unless columns are in range and ascend in each row."""
+    if len(columns) == 0:
+        return
+    if int(columns.min()) < 0 or int(columns.max()) >= n:
+        worst = int(columns.min()) if int(columns.min()) < 0 else int(columns.max())
+        raise ValueError(f"{op}: column {worst} is out of range for {n} columns")
+    step = columns.diff()[row.diff() == 0]
+    if bool((step == 0).any()):
+        raise ValueError(f"{op}: a column is given twice in a row")
+    if bool((step < 0).any()):
+        raise ValueError(f"{op}: the columns of a row must ascend")
