@@ -2,6 +2,8 @@
 #include "structmat/sparse_pattern.h"
 
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -15,18 +17,70 @@ namespace {
 using Key = std::pair<std::uint64_t, std::int64_t>;  // (key, number)
 
 constexpr std::uint32_t subset_stream = 0x73756273u;  // apart from the streams of the sketches
+constexpr std::int64_t kBlock = 1 << 16;              // numbers of a task
 
-void subset_of_group(std::int64_t g, std::int64_t count, std::int64_t wanted, std::uint64_t seed,
-                     std::int64_t* indices) {
-  std::vector<Key> keys(static_cast<std::size_t>(count));
-  for (std::int64_t i = 0; i < count; ++i) {
+// The numbers of a block below a guess of the wanted quantile, and those near it.
+struct Drawn {
+  std::vector<std::int64_t> below;
+  std::vector<Key> near;
+};
+
+Drawn draw(std::int64_t g, std::int64_t begin, std::int64_t end, std::uint64_t seed,
+           std::uint64_t low, std::uint64_t high) {
+  Drawn drawn;
+  for (std::int64_t i = begin; i < end; i += 2) {  // a block begins with an even number
     const Philox words = random_words(g, i / 2, seed, subset_stream);
-    const std::uint32_t* w = words.word + 2 * (i % 2);
-    keys[static_cast<std::size_t>(i)] = {std::uint64_t{w[0]} << 32 | w[1], i};
+    for (std::int64_t q = 0; q < 2 && i + q < end; ++q) {
+      const std::uint64_t key = std::uint64_t{words.word[2 * q]} << 32 | words.word[2 * q + 1];
+      if (key < low)
+        drawn.below.push_back(i + q);
+      else if (key <= high)
+        drawn.near.push_back({key, i + q});
+    }
   }
-  std::nth_element(keys.begin(), keys.begin() + wanted, keys.end());
-  for (std::int64_t i = 0; i < wanted; ++i) indices[i] = keys[static_cast<std::size_t>(i)].second;
-  std::sort(indices, indices + wanted);
+  return drawn;
+}
+
+// Keeps the numbers below a quantile and only so many keys as lie within `slack` standard
+// deviations of it, so that memory is that of the result.
+void subset_of_group(const Context& context, std::int64_t g, std::int64_t count,
+                     std::int64_t wanted, std::uint64_t seed, std::int64_t* indices) {
+  if (wanted == count) std::iota(indices, indices + count, std::int64_t{0});
+  if (wanted == 0 || wanted == count) return;
+  const std::int64_t blocks = ceil_div(count, kBlock);
+  const double part = static_cast<double>(wanted) / static_cast<double>(count);
+  const double deviation = std::sqrt(part * (1 - part) / static_cast<double>(count));
+  std::vector<Drawn> drawn(static_cast<std::size_t>(blocks));
+  for (double slack = 6;; slack *= 4) {
+    const double low = part - slack * deviation, high = part + slack * deviation;
+    const std::uint64_t from = low <= 0 ? 0 : static_cast<std::uint64_t>(low * 0x1p64),
+                        to = high >= 1 ? ~std::uint64_t{0}
+                                       : static_cast<std::uint64_t>(high * 0x1p64);
+    parallel_for(context, blocks, [&](std::int64_t block) {
+      drawn[static_cast<std::size_t>(block)] =
+          draw(g, block * kBlock, std::min(count, (block + 1) * kBlock), seed, from, to);
+    });
+    std::vector<Key> near;
+    std::int64_t missing = wanted;
+    for (const Drawn& d : drawn) {
+      missing -= static_cast<std::int64_t>(d.below.size());
+      near.insert(near.end(), d.near.begin(), d.near.end());
+    }
+    if (missing < 0 || missing > static_cast<std::int64_t>(near.size())) continue;
+    std::nth_element(near.begin(), near.begin() + missing, near.end());
+    std::vector<std::int64_t> chosen;
+    for (std::int64_t i = 0; i < missing; ++i)
+      chosen.push_back(near[static_cast<std::size_t>(i)].second);
+    std::sort(chosen.begin(), chosen.end());
+    auto next = chosen.begin();
+    for (std::int64_t block = 0; block < blocks; ++block) {
+      const auto& below = drawn[static_cast<std::size_t>(block)].below;
+      const auto end = std::lower_bound(next, chosen.end(), (block + 1) * kBlock);
+      indices = std::merge(below.begin(), below.end(), next, end, indices);
+      next = end;
+    }
+    return;
+  }
 }
 
 }  // namespace
@@ -36,8 +90,15 @@ void random_subsets(const Context& context, std::int64_t groups, std::int64_t co
   STRUCTMAT_CHECK(groups >= 0 && count >= 0 && per_group >= 0 && per_group <= count,
                   "random_subsets: " + std::to_string(per_group) + " of " + std::to_string(count) +
                       " numbers wanted");
+  if (count > kBlock) {
+    for (std::int64_t g = 0; g < groups; ++g)
+      subset_of_group(context, g, count, per_group, seed, indices + g * per_group);
+    return;
+  }
+  Context alone = context;
+  alone.threads = 1;
   parallel_for(context, groups, [&](std::int64_t g) {
-    subset_of_group(g, count, per_group, seed, indices + g * per_group);
+    subset_of_group(alone, g, count, per_group, seed, indices + g * per_group);
   });
 }
 
