@@ -37,6 +37,7 @@ void BLAS(dormqr)(const char*, const char*, const int*, const int*, const int*, 
                   const int*, const double*, double*, const int*, double*, const int*, int*);
 void BLAS(dsyevd)(const char*, const char*, const int*, double*, const int*, double*, double*,
                   const int*, int*, const int*, int*);
+void BLAS(dsterf)(const int*, double*, double*, int*);
 void BLAS(dsytrd)(const char*, const int*, double*, const int*, double*, double*, double*, double*,
                   const int*, int*);
 void BLAS(dormtr)(const char*, const char*, const char*, const int*, const int*, const double*,
@@ -142,6 +143,11 @@ void ormtr(int n, int k, const double* a, int lda, const double* tau, double* c,
   with_work<double>([&](double* work, const int* lwork) {
     BLAS(dormtr)("L", "U", "N", &n, &k, a, &lda, tau, c, &ldc, work, lwork, &info);
   });
+}
+bool sterf(int n, double* d, double* e) {
+  int info = 0;
+  BLAS(dsterf)(&n, d, e, &info);
+  return info == 0;
 }
 bool syevd(int n, double* a, int lda, double* w) {
   double size = 0;

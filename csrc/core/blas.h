@@ -35,6 +35,9 @@ bool syevd(int n, double* a, int lda, double* w);
 // The upper triangle of symmetric A (n, n) becomes the reflections of Q, tau (n - 1) their factors:
 // A = Q T Q^T, T with diagonal d and e beside it.
 void sytrd(int n, double* a, int lda, double* d, double* e, double* tau);
+// d (n) becomes the eigenvalues, ascending, of the tridiagonal matrix with diagonal d and e (n - 1)
+// beside it, which is destroyed; false where the iteration does not converge.
+bool sterf(int n, double* d, double* e);
 // C (n, k) <- Q C, Q from sytrd.
 void ormtr(int n, int k, const double* a, int lda, const double* tau, double* c, int ldc);
 // A (n, n) = U diag(S) Vt, A is destroyed; false where the iteration does not converge.

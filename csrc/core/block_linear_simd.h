@@ -76,6 +76,11 @@ struct Output {
 
   std::int64_t bias_step() const { return round_up(width, kLanes<S>); }
 
+  // Results larger than the last cache are written past it.
+  bool streams() const {
+    return y.rows * y.cols * static_cast<std::int64_t>(sizeof(T)) >= (std::int64_t{32} << 20);
+  }
+
   // The bias in the order of the blocks.
   void set_bias(const T* from, std::int64_t blocks, Scratch& memory) {
     if (from == nullptr) return;

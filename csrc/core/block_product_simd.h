@@ -172,6 +172,11 @@ struct Factor {
     return {*this, to, b0, false};
   }
 
+  // Whether few rows are multiplied by weights as they lie.
+  bool reads_few(std::int64_t step) const {
+    return in_place || (step == 1 && depth.contiguous() && width.regular());
+  }
+
   // Fetches the weights of block b, where they lie together: short rows are no stream that the
   // machine would follow.
   void fetch(std::int64_t b) const {

@@ -6,12 +6,12 @@
 
 namespace structmat {
 
-// amx: avx512 and a matrix unit for bfloat16 that the system lets us use; the code of both is
-// compiled as avx512.
-enum class Simd : int { baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };
+// avx512bf16: avx512 and its products of pairs of bfloat16. amx: these and a matrix unit for
+// bfloat16 that the system lets us use. The code of all three is compiled as avx512.
+enum class Simd : int { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
 
 // The best level of this machine, or the lower one asked for by the environment variable
-// STRUCTMAT_SIMD (baseline, avx2, avx512, amx), read once.
+// STRUCTMAT_SIMD (baseline, avx2, avx512, avx512bf16, amx), read once.
 Simd simd_level();
 const char* name_of(Simd level);
 

@@ -166,6 +166,9 @@ inline int __any_sync(unsigned mask, int predicate) {
 inline int __all_sync(unsigned mask, int predicate) {
   return __ballot_sync(mask, predicate == 0) == 0;
 }
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
 template <class T>
 T __ldg(const T* p) {
   return *p;

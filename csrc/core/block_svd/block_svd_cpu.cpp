@@ -10,30 +10,15 @@
 
 #include "blas.h"
 #include "block_svd/block_svd_kernels.h"
-#include "block_svd/top_eigenpairs_simd.h"
+#include "block_svd/top_eigenpairs.h"
 #include "half.h"
 #include "parallel.h"
 #include "scratch.h"
-#include "simd.h"
 
 namespace structmat {
 
-#define STRUCTMAT_DECLARE_EIGENPAIRS(level)                                                        \
-  namespace level {                                                                                \
-  void tridiagonalize(double*, std::int64_t, double*, double*, double*, double*);                  \
-  void apply_reflections(const double*, const double*, std::int64_t, double*, std::int64_t);       \
-  bool top_tridiagonal(const double*, const double*, std::int64_t, std::int64_t, double*, double*, \
-                       double*);                                                                   \
-  }
-STRUCTMAT_DECLARE_EIGENPAIRS(baseline)
-STRUCTMAT_DECLARE_EIGENPAIRS(avx2)
-STRUCTMAT_DECLARE_EIGENPAIRS(avx512)
-
 namespace {
 
-// Up to here reflections made one by one are faster than LAPACK's in blocks: 103 against 188 us for
-// n = 128, 1.0 ms both for 256.
-constexpr std::int64_t kLargestInCache = 192;
 constexpr double kCancelled = 1e-4;  // of the energy: less is measured, not subtracted
 
 struct Block {
@@ -50,7 +35,8 @@ struct Memory {
   Memory(std::int64_t m, std::int64_t n, std::int64_t rank, bool whole) {
     static thread_local Scratch scratch;
     const std::int64_t row = padded(n), column = padded(m), kept = whole ? n : rank;
-    const std::int64_t numbers = row * (m + n + kept + 12) + column * 2 * kept + padded(kept) * 2;
+    const std::int64_t numbers =
+        row * (m + n + kept + 4 + top_eigenpairs_work) + column * 2 * kept + padded(kept) * 2;
     double* next = (numbers > (std::int64_t{4} << 20) ? large_ : scratch).get<double>(numbers);
     const auto take = [&next](std::int64_t count) {
       double* taken = next;
@@ -60,7 +46,7 @@ struct Memory {
     a = take(m * row), gram = take(n * row), vectors = take(kept * row);
     b = take(kept * column), u = take(kept * column);
     values = take(padded(kept)), tau = take(row), d = take(row), e = take(row);
-    work = take(8 * row);
+    work = take(top_eigenpairs_work * row);
   }
 
  private:
@@ -135,25 +121,7 @@ bool top_vectors(const Block& block, std::int64_t rank, const Memory& memory) {
   const int size = static_cast<int>(n), leading = static_cast<int>(stride);
   double* g = memory.gram;
   if (3 * rank <= 2 * n || n <= 2) {
-    bool found = false;
-    if (n <= kLargestInCache) {
-      for (std::int64_t i = 0; i < n; ++i) {
-        for (std::int64_t j = 0; j < i; ++j) g[j * stride + i] = g[i * stride + j];
-        std::fill(g + i * stride + n, g + (i + 1) * stride, 0.0);
-      }
-      STRUCTMAT_SIMD_CALL(tridiagonalize, g, n, memory.d, memory.e, memory.tau, memory.work);
-    } else {
-      blas::sytrd(size, g, leading, memory.d, memory.e, memory.tau);
-    }
-    found = STRUCTMAT_SIMD_CALL(top_tridiagonal, memory.d, memory.e, n, rank, memory.values,
-                                memory.vectors, memory.work);
-    if (found) {
-      if (n <= kLargestInCache)
-        STRUCTMAT_SIMD_CALL(apply_reflections, g, memory.tau, n, memory.vectors, rank);
-      else
-        blas::ormtr(size, static_cast<int>(rank), g, leading, memory.tau, memory.vectors, leading);
-      return true;
-    }
+    if (top_eigenpairs(g, n, rank, memory.values, rank, memory.vectors, memory.work)) return true;
     gram(block, g);
   }
   if (!blas::syevd(size, g, leading, memory.d)) return false;

@@ -15,6 +15,13 @@ using V = Vec<double>;
 constexpr int kWide = kLanes<double>;
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 
+double sum_of(V v) {
+  double lanes[kWide];
+  store(lanes, v);
+  for (int k = kWide / 2; k > 0; k /= 2)
+    for (int j = 0; j < k; ++j) lanes[j] += lanes[j + k];
+  return lanes[0];
+}
 // Vectors of padded length, zero past their end.
 double dot(const double* a, const double* b, std::int64_t size) {
   V sum[2] = {};
@@ -23,12 +30,7 @@ double dot(const double* a, const double* b, std::int64_t size) {
     for (int k = 0; k < 2; ++k)
       sum[k] = fma(load(a + i + k * kWide), load(b + i + k * kWide), sum[k]);
   for (; i < size; i += kWide) sum[0] = fma(load(a + i), load(b + i), sum[0]);
-  double lanes[kWide], total = 0;
-  store(lanes, sum[0] + sum[1]);
-  for (int k = kWide / 2; k > 0; k /= 2)
-    for (int j = 0; j < k; ++j) lanes[j] += lanes[j + k];
-  total = lanes[0];
-  return total;
+  return sum_of(sum[0] + sum[1]);
 }
 void add_scaled(double s, const double* a, double* b, std::int64_t size) {
   const V factor = broadcast(s);
@@ -118,22 +120,41 @@ void reduce(double* g, std::int64_t n, double* d, double* e, double* tau, double
   }
 }
 
-void reflect(const double* g, const double* tau, std::int64_t n, double* vectors,
-             std::int64_t count) {
+// x[r] += s[r] v for kRows rows, with s[r] = factor (v . x[r]).
+template <int kRows>
+void reflect_rows(double factor, const double* v, double* x, std::int64_t stride,
+                  std::int64_t size) {
+  V sum[kRows] = {};
+  for (std::int64_t i = 0; i < size; i += kWide) {
+    const V a = load(v + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum[r] = fma(a, load(x + r * stride + i), sum[r]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) sum[r] = broadcast(factor * sum_of(sum[r]));
+  for (std::int64_t i = 0; i < size; i += kWide) {
+    const V a = load(v + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      double* to = x + r * stride + i;
+      store(to, fma(a, sum[r], load(to)));
+    }
+  }
+}
+
+void reflect(double* g, const double* tau, std::int64_t n, double* vectors, std::int64_t count) {
   const std::int64_t stride = padded(n);
+  constexpr int kRows = 8;
   for (std::int64_t k = n - 2; k >= 0; --k) {
     if (tau[k] == 0) continue;
-    // Its first lanes may hold the diagonal and what is left of it: only from k + 1 on is it one.
-    const double* v = g + k * stride;
-    const std::int64_t begin = std::min((k + 8) / 8 * 8, stride);
-    for (std::int64_t r = 0; r < count; ++r) {
-      double* x = vectors + r * stride;
-      double sum = dot(v + begin, x + begin, stride - begin);
-      for (std::int64_t i = k + 1; i < std::min(begin, n); ++i) sum += v[i] * x[i];
-      sum *= -tau[k];
-      for (std::int64_t i = k + 1; i < std::min(begin, n); ++i) x[i] += sum * v[i];
-      add_scaled(sum, v + begin, x + begin, stride - begin);
-    }
+    double* v = g + k * stride;
+    const std::int64_t begin = (k + 1) / 8 * 8;
+    std::fill(v + begin, v + k + 1, 0.0);  // the diagonal and what is left of it
+    std::int64_t r = 0;
+    for (; r + kRows <= count; r += kRows)
+      reflect_rows<kRows>(-tau[k], v + begin, vectors + r * stride + begin, stride, stride - begin);
+    for (; r < count; ++r)
+      reflect_rows<1>(-tau[k], v + begin, vectors + r * stride + begin, stride, stride - begin);
   }
 }
 
@@ -197,97 +218,137 @@ void multisection(const double* d, const double* squares, std::int64_t n, double
   for (int g = 0; g < group; ++g) values[first + g] = lo[g] + (hi[g] - lo[g]) / 2;
 }
 
-// The factors of P (T - x I) = L U: U's three diagonals, L's multipliers and where rows changed.
-struct Shifted {
-  double *inverse, *above, *second, *factor;
-  double* swapped;
+V magnitude(V x) {
+  return x < V{} ? -x : x;
+}
+V not_tiny(V pivot, V least) {
+  return magnitude(pivot) < least ? (pivot < V{} ? -least : least) : pivot;
+}
 
-  void factorize(const double* d, const double* e, std::int64_t n, double x, double least) const {
-    double a = d[0] - x, b = n > 1 ? e[0] : 0;
+// The factors of P (T - x I) = L U, of a shift x a lane: U's three diagonals, L's multipliers and
+// where rows changed. Arrays of n vectors.
+struct Shifted {
+  double *inverse, *above, *second, *factor, *swapped;
+
+  void factorize(const double* d, const double* e, std::int64_t n, V x, V least) const {
+    V a = broadcast(d[0]) - x, b = broadcast(n > 1 ? e[0] : 0.0);
     for (std::int64_t i = 0; i + 1 < n; ++i) {
-      const double c = e[i], under = d[i + 1] - x, beside = i + 2 < n ? e[i + 1] : 0;
-      const bool exchange = std::abs(a) < std::abs(c);
-      double pivot = exchange ? c : a;
-      if (std::abs(pivot) < least) pivot = pivot < 0 ? -least : least;
-      inverse[i] = 1 / pivot;
-      const double m = (exchange ? a : c) * inverse[i];
-      above[i] = exchange ? under : b;
-      second[i] = exchange ? beside : 0;
-      factor[i] = m;
-      swapped[i] = exchange;
+      const V c = broadcast(e[i]), under = broadcast(d[i + 1]) - x;
+      const V beside = broadcast(i + 2 < n ? e[i + 1] : 0.0);
+      const auto exchange = magnitude(a) < magnitude(c);
+      const V reciprocal = broadcast(1.0) / not_tiny(exchange ? c : a, least);
+      const V m = (exchange ? a : c) * reciprocal;
+      store(inverse + i * kWide, reciprocal);
+      store(above + i * kWide, exchange ? under : b);
+      store(second + i * kWide, exchange ? beside : V{});
+      store(factor + i * kWide, m);
+      store(swapped + i * kWide, exchange ? broadcast(1.0) : V{});
       a = exchange ? b - m * under : under - m * b;
       b = exchange ? -m * beside : beside;
     }
-    if (std::abs(a) < least) a = a < 0 ? -least : least;
-    inverse[n - 1] = 1 / a;
+    store(inverse + (n - 1) * kWide, broadcast(1.0) / not_tiny(a, least));
   }
   void solve(double* x, std::int64_t n, bool forward) const {
-    for (std::int64_t i = 0; forward && i + 1 < n; ++i) {
-      const double first = swapped[i] != 0 ? x[i + 1] : x[i];
-      const double other = swapped[i] != 0 ? x[i] : x[i + 1];
-      x[i] = first;
-      x[i + 1] = other - factor[i] * first;
+    if (forward) {
+      V here = load(x);
+      for (std::int64_t i = 0; i + 1 < n; ++i) {
+        const V next = load(x + (i + 1) * kWide);
+        const auto exchange = load(swapped + i * kWide) != V{};
+        const V first = exchange ? next : here;
+        store(x + i * kWide, first);
+        here = fma(-load(factor + i * kWide), first, exchange ? here : next);
+      }
+      store(x + (n - 1) * kWide, here);
     }
-    double after = 0, later = 0;
+    V after = {}, later = {};
     for (std::int64_t i = n - 1; i >= 0; --i) {
-      double sum = x[i];
-      if (i + 1 < n) sum -= above[i] * after;
-      if (i + 2 < n) sum -= second[i] * later;
+      V sum = load(x + i * kWide);
+      if (i + 2 < n) sum = fma(-load(second + i * kWide), later, sum);
+      if (i + 1 < n) sum = fma(-load(above + i * kWide), after, sum);
       later = after;
-      after = x[i] = sum * inverse[i];
+      after = sum * load(inverse + i * kWide);
+      store(x + i * kWide, after);
     }
   }
 };
 
-bool inverse_iteration(const double* d, const double* e, std::int64_t n, double norm,
-                       std::int64_t count, const double* values, double* vectors, double* work) {
-  const std::int64_t stride = padded(n);
-  const Shifted t{work, work + stride, work + 2 * stride, work + 3 * stride, work + 4 * stride};
-  const double close = 1e-3 * norm;
+// x -= sum_c (v_c . x) v_c over `count` rows.
+void remove_rows(const double* v, std::int64_t count, std::int64_t stride, double* x) {
+  constexpr int kRows = 8;
+  for (std::int64_t c = 0; c < count; c += kRows) {
+    const int rows = static_cast<int>(std::min<std::int64_t>(kRows, count - c));
+    double sums[kRows];
+    for (int r = 0; r < rows; ++r) sums[r] = dot(v + (c + r) * stride, x, stride);
+    for (int r = 0; r < rows; ++r) add_scaled(-sums[r], v + (c + r) * stride, x, stride);
+  }
+}
+
+// A vector a lane. Vectors from `cluster` on are those that a lane's is made orthogonal to; lanes
+// stop together, so that none is orthogonal to what another no longer is.
+bool inverse_iteration(const double* d, const double* e, std::int64_t n, std::int64_t count,
+                       const double* values, double* vectors, double* work) {
+  double norm = 0;
+  for (std::int64_t i = 0; i < n; ++i)
+    norm = std::max(
+        norm, std::abs(d[i]) + (i > 0 ? std::abs(e[i - 1]) : 0) + (i + 1 < n ? std::abs(e[i]) : 0));
+  if (!(norm > 0)) return false;
+  const std::int64_t stride = padded(n), size = n * kWide;
+  const Shifted t{work, work + size, work + 2 * size, work + 3 * size, work + 4 * size};
+  double* lanes = work + 5 * size;
+  const double close = 1e-3 * norm, unit = std::sqrt(3 / static_cast<double>(n));
   const double enough = 1 / (16 * kEps * norm * std::sqrt(static_cast<double>(n)));
   std::uint32_t random = 1;
-  std::int64_t cluster = 0;
-  for (std::int64_t r = 0; r < count; ++r) {
-    double* x = vectors + r * stride;
-    if (r > 0 && values[r - 1] - values[r] > close) cluster = r;
-    t.factorize(d, e, n, values[r], kEps * norm);
-    std::fill(x, x + stride, 0.0);
-    const auto draw = [&] {
+  std::int64_t cluster[kWide] = {};
+  for (std::int64_t r = 0; r < count; r += kWide) {
+    const int batch = static_cast<int>(std::min<std::int64_t>(kWide, count - r));
+    double shifts[kWide];
+    for (int j = 0; j < kWide; ++j) shifts[j] = values[r + std::min(j, batch - 1)];
+    for (int j = 0; j < batch; ++j) {
+      const std::int64_t before = j > 0 ? cluster[j - 1] : cluster[kWide - 1];
+      const bool apart = r + j == 0 || values[r + j - 1] - values[r + j] > close;
+      cluster[j] = apart ? r + j : before;
+    }
+    t.factorize(d, e, n, load(shifts), broadcast(kEps * norm));
+    const auto draw = [&](int j) {
       for (std::int64_t i = 0; i < n; ++i) {
         random = random * 1664525u + 1013904223u;
-        x[i] = static_cast<double>(random >> 8) * 0x1p-23 - 1;
+        lanes[i * kWide + j] = unit * (static_cast<double>(random >> 8) * 0x1p-23 - 1);
       }
     };
-    draw();
+    for (int j = 0; j < kWide; ++j) draw(j);
     int good = 0;
     for (int step = 0; step < 8 && good < 2; ++step) {
-      scale(1 / std::sqrt(dot(x, x, stride)), x, stride);
-      t.solve(x, n, step > 0);
-      double before = std::sqrt(dot(x, x, stride));
-      for (int round = 0; round < 2 && cluster < r; ++round) {
-        for (std::int64_t c = cluster; c < r; ++c)
-          add_scaled(-dot(vectors + c * stride, x, stride), vectors + c * stride, x, stride);
-        const double left = std::sqrt(dot(x, x, stride));
-        if (round == 0 && left > 0.5 * before) break;
-        before = left;
+      t.solve(lanes, n, step > 0);
+      bool all = true;
+      for (int j = 0; j < batch; ++j) {
+        double* x = vectors + (r + j) * stride;
+        for (std::int64_t i = 0; i < n; ++i) x[i] = lanes[i * kWide + j];
+        std::fill(x + n, x + stride, 0.0);
+        double before = std::sqrt(dot(x, x, stride)), length = before;
+        for (int round = 0; round < 2 && cluster[j] < r + j; ++round) {
+          remove_rows(vectors + cluster[j] * stride, r + j - cluster[j], stride, x);
+          length = std::sqrt(dot(x, x, stride));
+          if (round == 0 && length > 0.5 * before) break;
+          before = length;
+        }
+        all &= length >= enough;
+        if (length > 0) {
+          scale(1 / length, x, stride);
+          for (std::int64_t i = 0; i < n; ++i) lanes[i * kWide + j] = x[i];
+        } else {
+          draw(j);
+        }
       }
-      const double growth = std::sqrt(dot(x, x, stride));
-      if (growth >= enough) {
-        ++good;
-      } else if (!(growth > 0)) {
-        draw();
-      }
+      good = all ? good + 1 : good;
     }
     if (good < 2) return false;
-    scale(1 / std::sqrt(dot(x, x, stride)), x, stride);
   }
   return true;
 }
 
 bool top(const double* d, const double* e, std::int64_t n, std::int64_t count, double* values,
-         double* vectors, double* work) {
-  double norm = 0, low = d[0], high = d[0], largest = 0;
-  double* squares = work;
+         double* squares) {
+  double low = d[0], high = d[0], largest = 0;
   for (std::int64_t i = 0; i < n; ++i) {
     const double beside = (i > 0 ? std::abs(e[i - 1]) : 0) + (i + 1 < n ? std::abs(e[i]) : 0);
     low = std::min(low, d[i] - beside);
@@ -297,7 +358,7 @@ bool top(const double* d, const double* e, std::int64_t n, std::int64_t count, d
       largest = std::max(largest, squares[i]);
     }
   }
-  norm = std::max(std::abs(low), std::abs(high));
+  const double norm = std::max(std::abs(low), std::abs(high));
   if (!(norm > 0)) return false;
   const double slack = 2 * kEps * norm * static_cast<double>(n);
   const double least = std::numeric_limits<double>::min() * std::max(1.0, largest);
@@ -305,7 +366,7 @@ bool top(const double* d, const double* e, std::int64_t n, std::int64_t count, d
     multisection(d, squares, n, low - slack, high + slack, kEps * norm, least, r,
                  std::min(r + kPoints, count), values);
   for (std::int64_t r = 1; r < count; ++r) values[r] = std::min(values[r], values[r - 1]);
-  return inverse_iteration(d, e, n, norm, count, values, vectors, work + padded(n));
+  return true;
 }
 
 }  // namespace
@@ -315,13 +376,17 @@ namespace STRUCTMAT_SIMD {
 void tridiagonalize(double* g, std::int64_t n, double* d, double* e, double* tau, double* work) {
   reduce(g, n, d, e, tau, work);
 }
-void apply_reflections(const double* g, const double* tau, std::int64_t n, double* vectors,
+void apply_reflections(double* g, const double* tau, std::int64_t n, double* vectors,
                        std::int64_t count) {
   reflect(g, tau, n, vectors, count);
 }
-bool top_tridiagonal(const double* d, const double* e, std::int64_t n, std::int64_t count,
-                     double* values, double* vectors, double* work) {
-  return top(d, e, n, count, values, vectors, work);
+bool top_tridiagonal_values(const double* d, const double* e, std::int64_t n, std::int64_t count,
+                            double* values, double* work) {
+  return top(d, e, n, count, values, work);
+}
+bool tridiagonal_vectors(const double* d, const double* e, std::int64_t n, std::int64_t count,
+                         const double* values, double* vectors, double* work) {
+  return inverse_iteration(d, e, n, count, values, vectors, work);
 }
 
 }  // namespace STRUCTMAT_SIMD

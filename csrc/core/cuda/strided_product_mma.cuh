@@ -107,87 +107,112 @@ struct MmaTile {
   };
 };
 
+// sum += A B^T of one step's panels.
+template <class T, class S, class A, class B>
+__device__ void multiply_panels(A& a, B& b, float (&sum)[S::kA][2 * S::kB][4], int row, int col,
+                                int lane) {
+  SM_UNROLL
+  for (int k = 0; k < kDepth; k += 16) {
+    unsigned left[S::kA][4], right[S::kB][4];
+    SM_UNROLL
+    for (int i = 0; i < S::kA; ++i) a.left(left[i], row + i * 16, k, lane);
+    SM_UNROLL
+    for (int j = 0; j < S::kB; ++j) b.right(right[j], col + j * 16, k, lane);
+    SM_UNROLL
+    for (int i = 0; i < S::kA; ++i) {
+      SM_UNROLL
+      for (int j = 0; j < S::kB; ++j) {
+        multiply_16x8x16<T>(sum[i][2 * j], left[i], right[j][0], right[j][1]);
+        multiply_16x8x16<T>(sum[i][2 * j + 1], left[i], right[j][2], right[j][3]);
+      }
+    }
+  }
+}
+
+// Sums of a thread: 16 x 8 tiles of the part of its warp.
+template <class S>
+using WarpSums = float[S::kA][2 * S::kB][4];
+
+// sum += A B^T over the tile's terms. The block meets before it reuses `shared`, and has met after.
+template <class T, class S, Way kWayA, Way kWayB, bool kTall>
+__device__ void add_product(const StridedProduct& p, const Tile& tile,
+                            MmaTile<T, S, kWayA, kWayB, kTall>& shared, WarpSums<S>& sum,
+                            int thread) {
+  constexpr int kThreads = S::kThreads, kA = S::kA, kB = S::kB;
+  const int lane = thread % 32, warp = thread / 32;
+  const int row = warp / S::kAcross * kA * 16, col = warp % S::kAcross * kB * 16;
+  const int steps = static_cast<int>(tiles_of(tile.inner, kDepth));
+  const T* const a = operand<T>(p.a, tile.batch);
+  const T* const b = operand<T>(p.b, tile.batch);
+  shared.at.start(p, tile, thread, kThreads);
+  SM_ROLLED
+  for (int s = 0; s < kStages; ++s) shared.at.step(p, tile, s, thread);
+  __syncthreads();
+  const auto load = [&](int step) {
+    if (step < steps) {
+      const std::int64_t left = tile.inner - std::int64_t{step} * kDepth;
+      const int depth = left < kDepth ? static_cast<int>(left) : kDepth;
+      auto& to = shared.stage[step % kStages];
+      to.a.template load<kThreads>(a, shared.at.a_row, shared.at.a_inner[step % 4], tile.height,
+                                   depth, thread);
+      to.b.template load<kThreads>(b, shared.at.b_row, shared.at.b_inner[step % 4], tile.width,
+                                   depth, thread);
+    }
+    copy_commit();  // of nothing too: the count of groups is that of steps
+  };
+  SM_ROLLED
+  for (int s = 0; s < kStages - 1; ++s) load(s);
+  SM_ROLLED
+  for (int step = 0; step < steps; ++step) {
+    copy_wait<kStages - 2>();
+    __syncthreads();
+    load(step + kStages - 1);
+    shared.at.step(p, tile, step + kStages, thread);
+    auto& now = shared.stage[step % kStages];
+    multiply_panels<T, S>(now.a, now.b, sum, row, col, lane);
+  }
+  copy_wait<0>();
+  __syncthreads();
+}
+
+template <class S, class Sums>
+__device__ void share_sums(const WarpSums<S>& sum, Sums& sums, int thread) {
+  const int lane = thread % 32, warp = thread / 32;
+  const int row = warp / S::kAcross * S::kA * 16, col = warp % S::kAcross * S::kB * 16;
+  SM_UNROLL
+  for (int i = 0; i < S::kA; ++i) {
+    SM_UNROLL
+    for (int j = 0; j < 2 * S::kB; ++j) {
+      SM_UNROLL
+      for (int e = 0; e < 4; ++e)
+        sums.value[row + i * 16 + lane / 4 + e / 2 * 8][col + j * 8 + lane % 4 * 2 + e % 2] =
+            sum[i][j][e];
+    }
+  }
+}
+
 // A block takes as many batches as share packs of C; large tiles are not for such.
 template <class T, class S, Way kWayA, Way kWayB, bool kTall>
 __global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
     mma_product_kernel(StridedProduct p, bool c_packs, int batches_of_pack) {
   using Shared = MmaTile<T, S, kWayA, kWayB, kTall>;
   const int shared_by = S::kRows > 64 ? 1 : batches_of_pack;
-  constexpr int kThreads = S::kThreads, kA = S::kA, kB = S::kB;
+  constexpr int kThreads = S::kThreads;
   SM_DYNAMIC_SHARED(Shared, shared);
   T* const packs = reinterpret_cast<T*>(shared + 1);  // of C, where batches share them
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int row = warp / S::kAcross * kA * 16, col = warp % S::kAcross * kB * 16;
+  const int thread = threadIdx.x;
   Tile tile = tile_of_block<S::kRows, S::kCols>(p, shared_by);
   const std::int64_t first = tile.batch;
-  const int steps = static_cast<int>(tiles_of(tile.inner, kDepth));
   const int run = kPack / shared_by;
 
   SM_ROLLED
   for (int g = 0; g < shared_by && first + g < p.batches; ++g) {
     tile.batch = first + g;
-    const T* const a = operand<T>(p.a, tile.batch);
-    const T* const b = operand<T>(p.b, tile.batch);
     if (g > 0) __syncthreads();
-    shared->at.start(p, tile, thread, kThreads);
-    SM_ROLLED
-    for (int s = 0; s < kStages; ++s) shared->at.step(p, tile, s, thread);
-    __syncthreads();
-    const auto load = [&](int step) {
-      if (step < steps) {
-        const std::int64_t left = tile.inner - std::int64_t{step} * kDepth;
-        const int depth = left < kDepth ? static_cast<int>(left) : kDepth;
-        typename Shared::Stage& to = shared->stage[step % kStages];
-        to.a.template load<kThreads>(a, shared->at.a_row, shared->at.a_inner[step % 4], tile.height,
-                                     depth, thread);
-        to.b.template load<kThreads>(b, shared->at.b_row, shared->at.b_inner[step % 4], tile.width,
-                                     depth, thread);
-      }
-      copy_commit();  // of nothing too: the count of groups is that of steps
-    };
-    SM_ROLLED
-    for (int s = 0; s < kStages - 1; ++s) load(s);
-
-    float sum[kA][2 * kB][4] = {};
-    SM_ROLLED
-    for (int step = 0; step < steps; ++step) {
-      copy_wait<kStages - 2>();
-      __syncthreads();
-      load(step + kStages - 1);
-      shared->at.step(p, tile, step + kStages, thread);
-      typename Shared::Stage& now = shared->stage[step % kStages];
-      SM_UNROLL
-      for (int k = 0; k < kDepth; k += 16) {
-        unsigned left[kA][4], right[kB][4];
-        SM_UNROLL
-        for (int i = 0; i < kA; ++i) now.a.left(left[i], row + i * 16, k, lane);
-        SM_UNROLL
-        for (int j = 0; j < kB; ++j) now.b.right(right[j], col + j * 16, k, lane);
-        SM_UNROLL
-        for (int i = 0; i < kA; ++i) {
-          SM_UNROLL
-          for (int j = 0; j < kB; ++j) {
-            multiply_16x8x16<T>(sum[i][2 * j], left[i], right[j][0], right[j][1]);
-            multiply_16x8x16<T>(sum[i][2 * j + 1], left[i], right[j][2], right[j][3]);
-          }
-        }
-      }
-    }
-    copy_wait<0>();
-    __syncthreads();
-
+    WarpSums<S> sum = {};
+    add_product<T, S, kWayA, kWayB, kTall>(p, tile, *shared, sum, thread);
     shared->at.finish(p, tile, thread, kThreads);
-    SM_UNROLL
-    for (int i = 0; i < kA; ++i) {
-      SM_UNROLL
-      for (int j = 0; j < 2 * kB; ++j) {
-        SM_UNROLL
-        for (int e = 0; e < 4; ++e)
-          shared->sums
-              .value[row + i * 16 + lane / 4 + e / 2 * 8][col + j * 8 + lane % 4 * 2 + e % 2] =
-              sum[i][j][e];
-      }
-    }
+    share_sums<S>(sum, shared->sums, thread);
     __syncthreads();
     if (p.splits > 1) return store_part<kThreads>(p, tile, shared->sums, thread);
     finish_sums<T, kThreads>(p, tile, shared->sums, shared->at, thread);

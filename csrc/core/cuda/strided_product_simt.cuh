@@ -39,14 +39,14 @@ __device__ void copy_lines(T (&to)[kDepth][kWidth], int lines, const T* from,
   }
 }
 
+// sum += A B^T over the tile's terms. The block meets before it reuses `shared`, and has met after.
 template <class T, int kTall>
-__global__ void __launch_bounds__(128, 4) simt_product_kernel(StridedProduct p) {
+__device__ void add_product(const StridedProduct& p, const Tile& tile, SimtTile<T, kTall>& shared,
+                            T (&sum)[kTall][4], int thread) {
   using Shared = SimtTile<T, kTall>;
   constexpr int kThreads = Shared::kThreads, kRows = Shared::kRows, kCols = Shared::kCols,
                 kDepth = Shared::kDepth, kStages = Shared::kStages;
-  SM_DYNAMIC_SHARED(Shared, shared);
-  const int thread = threadIdx.x, row = thread / 8 * kTall, col = thread % 8 * 4;
-  const Tile tile = tile_of_block<kRows, kCols>(p, 1);
+  const int row = thread / 8 * kTall, col = thread % 8 * 4;
   const T* const a = operand<T>(p.a, tile.batch);
   const T* const b = operand<T>(p.b, tile.batch);
   const int steps = static_cast<int>(tiles_of(tile.inner, kDepth));
@@ -54,29 +54,28 @@ __global__ void __launch_bounds__(128, 4) simt_product_kernel(StridedProduct p) 
   const auto load = [&](int step) {
     if (step < steps) {
       const std::int64_t depth = tile.inner - std::int64_t{step} * kDepth;
-      typename Shared::Stage& to = shared->stage[step % kStages];
-      copy_lines<kThreads>(to.a, kRows, a, shared->at.a_row, shared->at.a_inner[step % 4],
+      typename Shared::Stage& to = shared.stage[step % kStages];
+      copy_lines<kThreads>(to.a, kRows, a, shared.at.a_row, shared.at.a_inner[step % 4],
                            tile.height, depth, p.a.col.low == 1 && !p.tall, thread);
-      copy_lines<kThreads>(to.b, kCols, b, shared->at.b_row, shared->at.b_inner[step % 4],
-                           tile.width, depth, p.b.col.low == 1 && !p.tall, thread);
+      copy_lines<kThreads>(to.b, kCols, b, shared.at.b_row, shared.at.b_inner[step % 4], tile.width,
+                           depth, p.b.col.low == 1 && !p.tall, thread);
     }
     copy_commit();  // of nothing too: the count of groups is that of steps
   };
 
-  shared->at.start(p, tile, thread, kThreads);
+  shared.at.start(p, tile, thread, kThreads);
   SM_ROLLED
-  for (int s = 0; s < kStages; ++s) shared->at.step(p, tile, s, thread);
+  for (int s = 0; s < kStages; ++s) shared.at.step(p, tile, s, thread);
   __syncthreads();
   SM_ROLLED
   for (int s = 0; s < kStages - 1; ++s) load(s);
-  T sum[kTall][4] = {};
   SM_ROLLED
   for (int step = 0; step < steps; ++step) {
     copy_wait<kStages - 2>();
     __syncthreads();
     load(step + kStages - 1);
-    shared->at.step(p, tile, step + kStages, thread);
-    const typename Shared::Stage& now = shared->stage[step % kStages];
+    shared.at.step(p, tile, step + kStages, thread);
+    const typename Shared::Stage& now = shared.stage[step % kStages];
     SM_UNROLL
     for (int k = 0; k < kDepth; ++k) {
       T left[kTall], right[4];
@@ -93,12 +92,32 @@ __global__ void __launch_bounds__(128, 4) simt_product_kernel(StridedProduct p) 
   }
   copy_wait<0>();
   __syncthreads();
-  shared->at.finish(p, tile, thread, kThreads);
+}
+
+template <class T, int kTall, class Sums>
+__device__ void share_sums(const T (&sum)[kTall][4], Sums& sums, int thread) {
+  const int row = thread / 8 * kTall, col = thread % 8 * 4;
   SM_UNROLL
   for (int i = 0; i < kTall; ++i) {
     SM_UNROLL
-    for (int j = 0; j < 4; ++j) shared->sums.value[row + i][col + j] = sum[i][j];
+    for (int j = 0; j < 4; ++j) sums.value[row + i][col + j] = sum[i][j];
   }
+}
+
+template <class T>
+constexpr int kSimtTall = sizeof(T) == 8 ? 4 : 8;  // 32 registers of sums
+
+template <class T, int kTall>
+__global__ void __launch_bounds__(128, 4) simt_product_kernel(StridedProduct p) {
+  using Shared = SimtTile<T, kTall>;
+  constexpr int kThreads = Shared::kThreads;
+  SM_DYNAMIC_SHARED(Shared, shared);
+  const int thread = threadIdx.x;
+  const Tile tile = tile_of_block<Shared::kRows, Shared::kCols>(p, 1);
+  T sum[kTall][4] = {};
+  add_product(p, tile, *shared, sum, thread);
+  shared->at.finish(p, tile, thread, kThreads);
+  share_sums(sum, shared->sums, thread);
   __syncthreads();
   if (p.splits > 1) return store_part<kThreads>(p, tile, shared->sums, thread);
   finish_sums<T, kThreads>(p, tile, shared->sums, shared->at, thread);
@@ -107,7 +126,7 @@ __global__ void __launch_bounds__(128, 4) simt_product_kernel(StridedProduct p) 
 
 template <class T>
 void multiply_simt(const Context& context, const StridedProduct& p) {
-  constexpr int kTall = sizeof(T) == 8 ? 4 : 8;  // 32 registers of sums
+  constexpr int kTall = kSimtTall<T>;
   using Shared = SimtTile<T, kTall>;
   SM_LAUNCH((simt_product_kernel<T, kTall>), (grid_of<Shared::kRows, Shared::kCols>(p, 1)),
             Shared::kThreads, sizeof(Shared), context.stream, p);

@@ -10,7 +10,8 @@ namespace {
 
 using monarch::Sizes;
 
-// Unit u of block b and token t at data[b * block + t * ld + u].
+// Unit u of block b and token t at data[b * block + u * ld + t], or, of few tokens, at
+// data[b * block + t * ld + u].
 template <class S>
 struct Hidden {
   S* data;
@@ -34,8 +35,8 @@ void permute(const Sizes& s, const S* z, std::int64_t step, std::int64_t b0, std
           const auto [j, at] = s.place(b, u);
           line[j * to.block + at] = value;
         } else {
-          const std::int64_t unit = u * s.J + b;
-          line[unit / s.Q * to.block + unit % s.Q] = value;
+          const auto [k, q] = s.place_back(b, u);
+          line[k * to.block + q] = value;
         }
       }
   } else if (s.R > 1) {  // runs of R units stay together

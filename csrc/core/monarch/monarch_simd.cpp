@@ -1,21 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tokens are the rows of every product and are taken in tiles whose hidden units h stay in the
-// cache. The first factor's results are put where the second reads them, (block, token, unit),
-// while they are in the level-1 cache; the gradient of x goes the same way back.
+// Tokens lie in the lanes of vectors and are taken in tiles whose hidden units h stay in the cache.
+// The first factor's results are put where the second reads them, (block, unit, token): each vector
+// of them has its address. The gradient of x goes the same way back. A handful of tokens would
+// leave lanes empty; they are rows of products that read the weights along what is contiguous.
 #include "monarch/monarch_simd.h"
 
+#include "block_lanes_simd.h"
 #include "block_linear_simd.h"
 #include "monarch/monarch_hidden_simd.h"
 #include "product_simd.h"
+#include "simd.h"
 
 namespace structmat {
 namespace {
 
-template <class T>
+// Tokens in equal tiles of whole vectors, as many for each thread.
+struct LaneTiles {
+  std::int64_t tokens, size, count;
+  LaneTiles(std::int64_t tokens, std::int64_t threads, std::int64_t lanes)
+      : tokens(tokens),
+        size(std::max(
+            round_up(ceil_div(tokens, round_up(ceil_div(tokens, kTokenTile), threads)), lanes),
+            lanes)),
+        count(ceil_div(tokens, size)) {}
+  std::int64_t first(std::int64_t tile) const { return std::min(tokens, tile * size); }
+};
+
+// kPairs: bfloat16 by the machine's own products of pairs.
+template <class T, bool kPairs = false>
 struct Monarch {
   using S = accumulator_t<T>;
   static constexpr int w = kLanes<S>;
   using F = Factor<S, T>;
+  using L = LaneWeights<S, T, kPairs>;
 
   const Context& context;
   const MonarchWeights& weights;
@@ -38,92 +55,196 @@ struct Monarch {
     return s.interleaved_output ? Columns{s.J, 0, 1, s.J} : Columns{1, s.L, 0, 1};
   }
 
-  // From one block of hidden units to the next: an odd number of cache lines, as a vector of a
-  // token's units goes to as many blocks at once. 0.55 of the time of a power of two.
+  static L lanes_of(const F& f) { return {f.data, f.block, f.depth, f.width}; }
+
+  // From one block of hidden units to the next: an odd number of cache lines, as a block of x goes
+  // to as many blocks at once. 0.55 of the time of a power of two.
   static std::int64_t block_step(std::int64_t tokens, std::int64_t units) {
     return (ceil_div(tokens * units, w) | 1) * w;
   }
 
-  // Blocks [b0, b1) of rows [t0, t1), which begin at x, times a first factor; token t0 is `first`
-  // of `to`.
+  // Where unit u of block b of the factor that is applied first lies, from token 0 on.
   template <bool kForward>
-  void to_hidden(const F& f, const S* x, std::int64_t ldx, const Columns& from, std::int64_t rows,
-                 std::int64_t b0, std::int64_t b1, const Hidden<S>& to, std::int64_t first) const {
-    static thread_local Scratch weights_memory, z_memory;
-    const auto ready = f.ready(b0, b1, from.step == 1 ? rows : kFewRows + 1, weights_memory);
-    const std::int64_t step = round_up(f.width.size, w), ldz = (b1 - b0) * step;
-    S* const z = z_memory.get<S>(kBlockRows * ldz);
-    for_row_blocks(rows, [&](std::int64_t r0, int count) {
-      for (std::int64_t b = b0; b < b1; ++b) {
-        const Rows<S> a{x + from.base(b) + r0 * ldx, ldx, from.step};
-        if (r0 + count < rows) fetch_ahead(a, count, f.depth.size);
-        multiply_rows<S, T>(ready, b, a, count, static_cast<const S*>(nullptr), z + (b - b0) * step,
-                            ldz, true);
+  S* place(const Hidden<S>& h, std::int64_t b, std::int64_t u) const {
+    if (!s.interleaved_hidden && s.R == 1) return h.data + u * h.block + b * h.ld;
+    if constexpr (kForward) {
+      const auto [j, at] = s.place(b, u);
+      return h.data + j * h.block + at * h.ld;
+    } else {
+      const auto [k, q] = s.place_back(b, u);
+      return h.data + k * h.block + q * h.ld;
+    }
+  }
+
+  // Rows [t0, t1) of x, blocks [b0, b1), times the factor that is applied first; t0 is token `at`
+  // of `to`, in which a unit's tokens lie side by side.
+  template <bool kForward>
+  void first_product(const L& f, ConstMatrixView x, const Columns& from, std::int64_t t0,
+                     std::int64_t t1, std::int64_t b0, std::int64_t b1, const Hidden<S>& to,
+                     std::int64_t at) const {
+    static thread_local Scratch memory;
+    const std::int64_t lanes = round_up(t1 - t0, w), step = f.words() * lanes;
+    S* const panels = memory.get<S>((b1 - b0) * step);
+    load_panels<S, T, kPairs>(row_of<T>(x, t0), x.row_stride, t1 - t0, from, b0, b1, f.depth.size,
+                              panels, lanes, step);
+    for (std::int64_t b = b0; b < b1; ++b) {
+      const bool more = from.step == 1 && b + 1 < f.block.size;
+      const auto ahead = Ahead<false>::of(row_of<T>(x, t0) + (more ? from.base(b + 1) : 0),
+                                          x.row_stride, more ? t1 - t0 : 0, f.depth.size);
+      lanes_product<S, T, kPairs>(f, b, panels + (b - b0) * step, lanes, lanes, nullptr, true,
+                                  ahead,
+                                  [&](std::int64_t u) { return place<kForward>(to, b, u) + at; });
+    }
+  }
+
+  void second_product(const L& f, const Hidden<S>& h, std::int64_t at, std::int64_t t0,
+                      std::int64_t t1, const Output<S, T>& out,
+                      const typename Output<S, T>::Range& blocks) const {
+    static thread_local Scratch pair_memory, z_memory;
+    const std::int64_t lanes = round_up(t1 - t0, w), step = block_step(lanes, out.width);
+    const auto [b0, b1] = blocks;
+    const Columns to = out.inner > 1 ? Columns{out.inner, out.width * out.inner, 1, out.inner}
+                                     : Columns{1, out.width, 0, 1};
+    S* const z = z_memory.get<S>((b1 - b0) * step);
+    for (std::int64_t b = b0; b < b1; ++b) {
+      const S* panel = h.data + b * h.block + at;
+      std::int64_t ld = h.ld;
+      if constexpr (kPairs) {
+        S* const pairs = pair_memory.get<S>(f.words() * lanes);
+        pair_lines(panel, f.depth.size, ld, lanes, pairs);
+        panel = pairs, ld = lanes;
       }
-      for (int r = 0; r < count; ++r)
-        permute<S, kForward>(s, z + r * ldz, step, b0, b1, to, first + r0 + r);
+      S* const lines = z + (b - b0) * step;
+      const auto ahead = Ahead<true>::of(row_of<T>(out.y, t0) + to.base(b), out.y.row_stride,
+                                         out.inner > 1 || out.streams() ? 0 : t1 - t0, out.width);
+      lanes_product<S, T, kPairs>(f, b, panel, ld, lanes,
+                                  out.bias != nullptr ? out.bias + b * out.bias_step() : nullptr,
+                                  false, ahead, [&](std::int64_t o) { return lines + o * lanes; });
+      activate(out.activation, lines, out.width * lanes);
+    }
+    store_panels<S, T>(z, lanes, step, t1 - t0, to, b0, b1, out.width, row_of<T>(out.y, t0),
+                       out.y.row_stride, out.streams());
+  }
+
+  // body(t0, t1, index) for tiles of tokens and each index < parts
+  template <class Body>
+  struct Phase {
+    std::int64_t parts, work;  // multiplications of a part
+    Body body;
+  };
+  template <class Body>
+  Phase(std::int64_t, std::int64_t, Body) -> Phase<Body>;
+
+  // Each phase is done for all of a tile's tokens before the next. Few tokens: threads share the
+  // parts, and a part's weights meet all tiles.
+  bool is_few(std::int64_t tokens) const { return tokens < thread_count(context) * kTokenTile / 2; }
+  template <class... Phases>
+  void run(std::int64_t tokens, const Phases&... phases) const {
+    const LaneTiles tiles(tokens, is_few(tokens) ? 1 : thread_count(context), w);
+    const auto of_few = [&](const auto& phase) {
+      parallel_parts(phase.parts, phase.work, [&](std::int64_t index) {
+        for (std::int64_t i = 0; i < tiles.count; ++i)
+          phase.body(tiles.first(i), tiles.first(i + 1), index);
+      });
+    };
+    if (is_few(tokens)) return (of_few(phases), ...);
+    parallel_for(context, tiles.count, [&](std::int64_t i) {
+      const auto of_tile = [&](const auto& phase) {
+        for (std::int64_t index = 0; index < phase.parts; ++index)
+          phase.body(tiles.first(i), tiles.first(i + 1), index);
+      };
+      (of_tile(phases), ...);
+      finish_streams();
     });
   }
 
-  // Blocks at a time: as many as a vector has lanes where units of as many blocks become
-  // neighbours, else what fits half of the level-2 cache.
-  std::int64_t group(const F& f, std::int64_t tasks) const {
-    const std::int64_t most = std::clamp<std::int64_t>(f.block.size / tasks, 1, w);
-    return s.R == 1 ? most : std::min(neighbours_of(f), most);
-  }
+  // Blocks of x that are read together.
+  static std::int64_t read_together(const Columns& from) { return from.step == 1 ? 1 : w; }
 
   // y = out(second(first(x))) over all tokens. `hidden` (blocks of the second factor, tokens,
   // units) receives the hidden units, if it is not null.
   template <bool kForward>
-  void two_products(F first, F second, const Columns& from, ConstMatrixView x, Output<S, T> out,
-                    T* hidden) const {
-    static thread_local Scratch first_memory, second_memory, h_memory, x_memory;
+  void two_products(const F& f1, const F& f2, const Columns& from, ConstMatrixView x,
+                    Output<S, T> out, T* hidden) const {
+    static thread_local Scratch first_memory, second_memory, h_memory;
+    const std::int64_t tokens = x.rows, blocks = f2.block.size, units = f2.depth.size;
+    if (tokens <= kFewRows && f1.reads_few(from.step) && f2.reads_few(1))
+      return of_few_tokens<kForward>(f1, f2, from, x, out, hidden);
+    L first = lanes_of(f1), second = lanes_of(f2);
+    first.prepare(context, first_memory);
+    second.prepare(context, second_memory);
+    const bool few = is_few(tokens);
+    const std::int64_t ld = few ? round_up(tokens, w) : kTokenTile, step = block_step(ld, units),
+                       per = read_together(from), groups = out.groups(blocks);
+    S* const shared = few ? h_memory.get<S>(blocks * step) : nullptr;
+    const auto h_of = [&] {
+      return Hidden<S>{few ? shared : h_memory.get<S>(blocks * step), step, ld};
+    };
+    run(tokens,
+        Phase{ceil_div(f1.block.size, per), tokens * f1.depth.size * f1.width.size * per,
+              [&](std::int64_t t0, std::int64_t t1, std::int64_t i) {
+                first_product<kForward>(first, x, from, t0, t1, i * per,
+                                        std::min(f1.block.size, (i + 1) * per), h_of(),
+                                        few ? t0 : 0);
+              }},
+        Phase{hidden != nullptr ? blocks : 0, tokens * units,
+              [&](std::int64_t t0, std::int64_t t1, std::int64_t b) {
+                const Hidden<S> h = h_of();
+                store_panels<S, T>(h.data + b * h.block + (few ? t0 : 0), h.ld, 0, t1 - t0,
+                                   {1, 0, 0, 1}, b, b + 1, units,
+                                   hidden + (b * tokens + t0) * units, units, false);
+              }},
+        Phase{groups, tokens * units * out.width * out.group(),
+              [&](std::int64_t t0, std::int64_t t1, std::int64_t i) {
+                second_product(second, h_of(), few ? t0 : 0, t0, t1, out, out.range(i, blocks));
+              }});
+  }
+
+  // So few that they are rows: blocks are shared by the threads.
+  template <bool kForward>
+  void of_few_tokens(const F& first, const F& second, const Columns& from, ConstMatrixView x,
+                     const Output<S, T>& out, T* hidden) const {
+    static thread_local Scratch h_memory, x_memory;
     const std::int64_t tokens = x.rows, blocks = second.block.size, units = second.depth.size,
-                       threads = thread_count(context);
-    std::int64_t groups = out.groups(blocks);
-    S* h = nullptr;  // where they are made: in `hidden` itself, or in a tile
-    if constexpr (std::is_same_v<S, T>) h = hidden;
-    const auto keep = [&](const Hidden<S>& made, std::int64_t b, std::int64_t t0, std::int64_t t1) {
-      if (h == nullptr && hidden != nullptr)
-        convert(made.data + b * made.block, hidden + (b * tokens + t0) * units, (t1 - t0) * units);
-    };
-    const auto second_product = [&](const Hidden<S>& from_h, std::int64_t at, std::int64_t t0,
-                                    std::int64_t t1, std::int64_t index) {
-      out.compute(second, from_h.data + at * from_h.ld, from_h.ld, {1, from_h.block, 0, 1}, t0, t1,
-                  out.range(index, blocks));
-    };
-    if (tokens < threads * kTokenTile / 2) {  // few: threads share the blocks
-      const WideRows<S, T> rows(x, 0, tokens, x_memory);
-      const std::int64_t step = h != nullptr ? tokens * units : block_step(tokens, units);
-      const Hidden<S> to{h != nullptr ? h : h_memory.get<S>(blocks * step), step, units};
-      const std::int64_t per = group(first, threads);
-      parallel_parts(ceil_div(first.block.size, per), tokens * first.packed_size * per,
-                     [&](std::int64_t part) {
-                       to_hidden<kForward>(first, rows.data, rows.stride, from, tokens, part * per,
-                                           std::min(first.block.size, (part + 1) * per), to, 0);
-                     });
-      parallel_parts(blocks, tokens * units, [&](std::int64_t b) { keep(to, b, 0, tokens); });
-      parallel_parts(groups, tokens * second.packed_size * out.group(),
-                     [&](std::int64_t index) { second_product(to, 0, 0, tokens, index); });
-      return;
-    }
-    out.neighbours = std::min(neighbours_of(second), blocks);
-    groups = out.groups(blocks);
-    first.pack(context, first_memory);
-    second.pack(context, second_memory);
-    const std::int64_t per = group(first, 1);
-    const TokenTiles tiles(tokens, threads);
-    parallel_for(context, tiles.count, [&](std::int64_t tile) {
-      const std::int64_t t0 = tiles.first(tile), t1 = tiles.first(tile + 1), count = t1 - t0;
-      const WideRows<S, T> rows(x, t0, t1, x_memory);
-      const std::int64_t step = h != nullptr ? tokens * units : block_step(count, units);
-      const Hidden<S> to{h != nullptr ? h : h_memory.get<S>(blocks * step), step, units};
-      const std::int64_t at = h != nullptr ? t0 : 0;
-      for (std::int64_t b = 0; b < first.block.size; b += per)
-        to_hidden<kForward>(first, rows.data, rows.stride, from, count, b,
-                            std::min(first.block.size, b + per), to, at);
-      for (std::int64_t b = 0; b < blocks; ++b) keep(to, b, t0, t1);
-      for (std::int64_t index = 0; index < groups; ++index) second_product(to, at, t0, t1, index);
+                       step = block_step(tokens, units);
+    const WideRows<S, T> rows(x, 0, tokens, x_memory);
+    const Hidden<S> h{h_memory.get<S>(blocks * step), step, units};
+    const std::int64_t most =
+                           std::clamp<std::int64_t>(first.block.size / thread_count(context), 1, w),
+                       per = s.R == 1 ? most : 1;
+    parallel_parts(
+        ceil_div(first.block.size, per), tokens * first.packed_size * per, [&](std::int64_t part) {
+          rows_to_hidden<kForward>(first, rows.data, rows.stride, from, tokens, part * per,
+                                   std::min(first.block.size, (part + 1) * per), h);
+        });
+    parallel_parts(hidden != nullptr ? blocks : 0, tokens * units, [&](std::int64_t b) {
+      convert(h.data + b * step, hidden + b * tokens * units, tokens * units);
+    });
+    parallel_parts(
+        out.groups(blocks), tokens * second.packed_size * out.group(), [&](std::int64_t i) {
+          out.compute(second, h.data, h.ld, {1, h.block, 0, 1}, 0, tokens, out.range(i, blocks));
+        });
+  }
+
+  // Blocks [b0, b1) of rows of x times the factor that is applied first, a unit's neighbours being
+  // those of its token.
+  template <bool kForward>
+  void rows_to_hidden(const F& f, const S* x, std::int64_t ldx, const Columns& from,
+                      std::int64_t tokens, std::int64_t b0, std::int64_t b1,
+                      const Hidden<S>& to) const {
+    static thread_local Scratch weights_memory, z_memory;
+    const auto ready = f.ready(b0, b1, tokens, weights_memory);
+    const std::int64_t step = round_up(f.width.size, w), ldz = (b1 - b0) * step;
+    S* const z = z_memory.get<S>(kFewRows * ldz);
+    for_row_blocks(tokens, [&](std::int64_t r0, int count) {
+      for (std::int64_t b = b0; b < b1; ++b)
+        multiply_rows<S, T>(ready, b, {x + from.base(b) + r0 * ldx, ldx, from.step}, count,
+                            static_cast<const S*>(nullptr), z + (b - b0) * step, ldz, true);
+      if constexpr (std::is_same_v<T, bfloat16>)
+        for (std::int64_t i = 0; i < count * ldz; i += w)
+          store(z + i, round_to_bfloat16(load(z + i)));
+      for (int r = 0; r < count; ++r)
+        permute<S, kForward>(s, z + r * ldz, step, b0, b1, to, r0 + r);
     });
   }
 
@@ -139,16 +260,16 @@ struct Monarch {
     });
   }
 
-  void forward(ConstMatrixView x, const T* bias, Activation activation, MatrixView y,
-               T* hidden) const {
+  void forward(ConstMatrixView x, const void* bias, Activation activation, MatrixView y,
+               void* hidden) const {
     static thread_local Scratch bias_memory;
     Output<S, T> out{y, s.L, s.interleaved_output ? s.J : 1};
     out.activation = activation;
-    out.set_bias(bias, s.J, bias_memory);
-    two_products<true>(w1(), w2(), of_x(), x, out, hidden);
+    out.set_bias(static_cast<const T*>(bias), s.J, bias_memory);
+    two_products<true>(w1(), w2(), of_x(), x, out, static_cast<T*>(hidden));
   }
 
-  void backward(ConstMatrixView dy, ConstMatrixView x, const T* hidden,
+  void backward(ConstMatrixView dy, ConstMatrixView x, const void* kept,
                 const MonarchGradients& grads) const;
 };
 
@@ -160,12 +281,12 @@ inline std::int64_t gradient_chunk(std::int64_t hidden, std::int64_t threads) {
                   kGradientTokens);
 }
 
-template <class T>
-void Monarch<T>::backward(ConstMatrixView dy, ConstMatrixView x, const T* hidden,
-                          const MonarchGradients& grads) const {
+template <class T, bool kPairs>
+void Monarch<T, kPairs>::backward(ConstMatrixView dy, ConstMatrixView x, const void* kept,
+                                  const MonarchGradients& grads) const {
+  const T* const hidden = static_cast<const T*>(kept);
   static thread_local Scratch t1_memory, t2_memory, w1_memory, h_memory, g_memory, total1_memory,
-      total2_memory, bias_memory;
-  static thread_local Scratch rows_memory, wide_memory;
+      total2_memory, bias_memory, wide_memory;
   const bool want_w1 = grads.w1 != nullptr, want_w2 = grads.w2 != nullptr,
              want_x = grads.x.data != nullptr, want_bias = grads.bias.data != nullptr;
   Output<S, T> out{grads.x, s.I, 1};
@@ -173,61 +294,54 @@ void Monarch<T>::backward(ConstMatrixView dy, ConstMatrixView x, const T* hidden
     return two_products<false>(t2(), t1(), of_dy(), dy, out, nullptr);
 
   const bool want_g = want_x || want_w1, make_h = want_w2 && hidden == nullptr;
-  F a1 = t1(), a2 = t2(), b1 = w1();
-  if (want_x) a1.pack(context, t1_memory);
-  if (want_g) a2.pack(context, t2_memory);
-  if (make_h) b1.pack(context, w1_memory);
+  L a1 = lanes_of(t1()), a2 = lanes_of(t2()), b1 = lanes_of(w1());
+  if (want_x) a1.prepare(context, t1_memory);
+  if (want_g) a2.prepare(context, t2_memory);
+  if (make_h) b1.prepare(context, w1_memory);
   const std::int64_t tokens = dy.rows, threads = thread_count(context),
                      chunk =
                          std::clamp<std::int64_t>(tokens, 1, gradient_chunk(s.hidden(), threads)),
-                     s_rows = round_up(s.S, w);
-  const std::int64_t g_step = block_step(chunk, s.Q), h_step = block_step(chunk, s.S);
-  const Hidden<S> g{want_g ? g_memory.get<S>(s.K * g_step) : nullptr, g_step, s.Q};
-  const Hidden<S> h{make_h ? h_memory.get<S>(s.J * h_step) : nullptr, h_step, s.S};
+                     s_rows = round_up(s.S, w), ld = (ceil_div(chunk, w) | 1) * w;
+  const std::int64_t g_step = block_step(ld, s.Q), h_step = block_step(ld, s.S);
+  const Hidden<S> g{want_g ? g_memory.get<S>(s.K * g_step) : nullptr, g_step, ld};
+  const Hidden<S> h{make_h ? h_memory.get<S>(s.J * h_step) : nullptr, h_step, ld};
   WeightGradients<S, T> d1{x, of_x(), s.I, s.Q, s.Q, nullptr},
       d2{dy, of_dy(), s.L, s.S, s_rows, nullptr};
   if (want_w1) d1.totals = total1_memory.get<S>(s.K * s.Q * d1.ld());
   if (want_w2) d2.totals = total2_memory.get<S>(s.J * s_rows * d2.ld());
   if (want_bias) d2.sums = bias_memory.get<S>(s.J * d2.ld());
-  out.neighbours = std::min(neighbours_of(a1), s.K);
-  const std::int64_t a_group = group(a2, 1), b_group = group(b1, 1),
-                     group1 = d1.group(s.K, threads), group2 = d2.group(s.J, threads),
+  const std::int64_t group1 = d1.group(s.K, threads), group2 = d2.group(s.J, threads),
                      tasks1 = want_w1 ? ceil_div(s.K, group1) : 0,
-                     tasks2 = want_w2 || want_bias ? ceil_div(s.J, group2) : 0;
+                     tasks2 = want_w2 || want_bias ? ceil_div(s.J, group2) : 0,
+                     per = read_together(of_dy());
 
   for (std::int64_t c0 = 0; c0 < tokens || c0 == 0; c0 += chunk) {
-    const std::int64_t c1 = std::min(c0 + chunk, tokens);
-    const TokenTiles tiles(c1 - c0, threads);
-    if (want_g || make_h)
-      parallel_for(context, tiles.count, [&](std::int64_t tile) {
-        const std::int64_t t0 = tiles.first(tile), t1 = tiles.first(tile + 1), rows = t1 - t0;
-        if (want_g) {
-          const WideRows<S, T> from(dy, c0 + t0, c0 + t1, rows_memory);
-          for (std::int64_t j = 0; j < s.J; j += a_group)
-            to_hidden<false>(a2, from.data, from.stride, of_dy(), rows, j,
-                             std::min(s.J, j + a_group), g, t0);
-          for (std::int64_t i = 0; want_x && i < out.groups(s.K); ++i)
-            out.compute(a1, g.data + t0 * g.ld, g.ld, {1, g.block, 0, 1}, c0 + t0, c0 + t1,
-                        out.range(i, s.K));
-        }
-        if (make_h) {
-          const WideRows<S, T> from(x, c0 + t0, c0 + t1, rows_memory);
-          for (std::int64_t k = 0; k < s.K; k += b_group)
-            to_hidden<true>(b1, from.data, from.stride, of_x(), rows, k, std::min(s.K, k + b_group),
-                            h, t0);
-        }
-      });
+    const std::int64_t c1 = std::min(c0 + chunk, tokens), rows = c1 - c0, work = rows * s.Q * s.I;
+    run(rows,
+        Phase{want_g ? ceil_div(s.J, per) : 0, rows * s.S * s.L * per,
+              [&](std::int64_t t0, std::int64_t t1, std::int64_t i) {
+                first_product<false>(a2, dy, of_dy(), c0 + t0, c0 + t1, i * per,
+                                     std::min(s.J, (i + 1) * per), g, t0);
+              }},
+        Phase{make_h ? s.K : 0, work,
+              [&](std::int64_t t0, std::int64_t t1, std::int64_t k) {
+                first_product<true>(b1, x, of_x(), c0 + t0, c0 + t1, k, k + 1, h, t0);
+              }},
+        Phase{want_x ? out.groups(s.K) : 0, work,
+              [&](std::int64_t t0, std::int64_t t1, std::int64_t i) {
+                second_product(a1, g, t0, c0 + t0, c0 + t1, out, out.range(i, s.K));
+              }});
     parallel_for(context, tasks1 + tasks2, [&](std::int64_t task) {
       if (task < tasks1) {
         const std::int64_t k0 = task * group1, k1 = std::min(s.K, k0 + group1);
         d1.add(c0, c1, k0, k1, [&](std::int64_t k, std::int64_t t, std::int64_t) {
-          return Rows<S>{g.data + k * g.block + t * g.ld, 1, g.ld};
+          return Rows<S>{g.data + k * g.block + t, g.ld, 1};
         });
         return;
       }
       const std::int64_t j0 = (task - tasks1) * group2, j1 = std::min(s.J, j0 + group2);
       d2.add(c0, c1, j0, j1, [&](std::int64_t j, std::int64_t t, std::int64_t count) {
-        if (make_h) return Rows<S>{h.data + j * h.block + t * h.ld, 1, h.ld};
+        if (make_h) return Rows<S>{h.data + j * h.block + t, h.ld, 1};
         const T* const given = hidden + (j * tokens + c0 + t) * s.S;
         if constexpr (std::is_same_v<S, T>) {
           return Rows<S>{given, 1, s.S};
@@ -257,27 +371,33 @@ void Monarch<T>::backward(ConstMatrixView dy, ConstMatrixView x, const T* hidden
   });
 }
 
+// f(Monarch) for the type of `x`.
+template <class Body>
+void with_kernels(DType dtype, const Context& context, const MonarchWeights& weights, Body&& body) {
+#if defined(__AVX512F__)
+  if (dtype == DType::bf16 && simd_level() >= Simd::avx512bf16)
+    return body(Monarch<bfloat16, true>{context, weights, Sizes(weights)});
+#endif
+  dispatch_dtype(dtype, [&](auto element) {
+    body(Monarch<decltype(element)>{context, weights, Sizes(weights)});
+  });
+}
+
 }  // namespace
 
 namespace STRUCTMAT_SIMD {
 
 void monarch_forward(const Context& context, ConstMatrixView x, const MonarchWeights& weights,
                      ConstVectorView bias, Activation activation, MatrixView y, void* hidden) {
-  dispatch_dtype(x.dtype, [&](auto element) {
-    using T = decltype(element);
-    Monarch<T>{context, weights, Sizes(weights)}.forward(x, static_cast<const T*>(bias.data),
-                                                         activation, y, static_cast<T*>(hidden));
-  });
+  with_kernels(x.dtype, context, weights,
+               [&](const auto& monarch) { monarch.forward(x, bias.data, activation, y, hidden); });
 }
 
 void monarch_backward(const Context& context, ConstMatrixView dy, ConstMatrixView x,
                       const MonarchWeights& weights, const void* hidden,
                       const MonarchGradients& grads) {
-  dispatch_dtype(dy.dtype, [&](auto element) {
-    using T = decltype(element);
-    Monarch<T>{context, weights, Sizes(weights)}.backward(dy, x, static_cast<const T*>(hidden),
-                                                          grads);
-  });
+  with_kernels(dy.dtype, context, weights,
+               [&](const auto& monarch) { monarch.backward(dy, x, hidden, grads); });
 }
 
 }  // namespace STRUCTMAT_SIMD

@@ -37,6 +37,14 @@ struct Sizes {
     if (interleaved_hidden) return {(k * Q + q) % J, (k * Q + q) / J};
     return {q / R, k * R + q % R};
   }
+  // Back: unit s of output block j is unit `q` of input block `k`.
+  struct PlaceBack {
+    std::int64_t k, q;
+  };
+  [[gnu::always_inline]] inline PlaceBack place_back(std::int64_t j, std::int64_t unit) const {
+    if (interleaved_hidden) return {(unit * J + j) / Q, (unit * J + j) % Q};
+    return {unit / R, j * R + unit % R};
+  }
   [[gnu::always_inline]] inline std::int64_t column(std::int64_t j, std::int64_t l) const {  // of y
     return interleaved_output ? l * J + j : j * L + l;
   }

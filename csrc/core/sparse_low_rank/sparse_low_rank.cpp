@@ -34,22 +34,22 @@ void check_weights(const char* op, const Checker& check, const SparseLowRankWeig
 
 }  // namespace
 
-std::size_t sparse_low_rank_linear_workspace(const Context& context, std::int64_t,
-                                             const SparseLowRankWeights&) {
+std::size_t sparse_low_rank_linear_workspace(const Context& context, std::int64_t tokens,
+                                             const SparseLowRankWeights& weights) {
   if (context.device == Device::cpu) return 0;
-  return 0;
+  return sparse_low_rank_linear_workspace_cuda(tokens, weights);
 }
 
-std::size_t sparse_low_rank_linear_backward_workspace(const Context& context, std::int64_t,
-                                                      const SparseLowRankWeights&) {
+std::size_t sparse_low_rank_linear_backward_workspace(const Context& context, std::int64_t tokens,
+                                                      const SparseLowRankWeights& weights) {
   if (context.device == Device::cpu) return 0;
-  return 0;
+  return sparse_low_rank_linear_backward_workspace_cuda(tokens, weights);
 }
 
-std::size_t sampled_matmul_workspace(const Context& context, std::int64_t, const SparsePatternView&,
-                                     DType) {
+std::size_t sampled_matmul_workspace(const Context& context, std::int64_t tokens,
+                                     const SparsePatternView& pattern, DType dtype) {
   if (context.device == Device::cpu) return 0;
-  return 0;
+  return sampled_matmul_workspace_cuda(tokens, pattern, dtype);
 }
 
 void sparse_low_rank_linear(const Context& context, ConstMatrixView x,

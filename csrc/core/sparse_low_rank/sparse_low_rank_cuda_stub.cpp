@@ -18,5 +18,15 @@ void sampled_matmul_cuda(const Context&, ConstMatrixView, ConstMatrixView, const
                          VectorView) {
   detail::fail("sampled_matmul: structmat was built without CUDA");
 }
+std::size_t sparse_low_rank_linear_workspace_cuda(std::int64_t, const SparseLowRankWeights&) {
+  return 0;
+}
+std::size_t sparse_low_rank_linear_backward_workspace_cuda(std::int64_t,
+                                                           const SparseLowRankWeights&) {
+  return 0;
+}
+std::size_t sampled_matmul_workspace_cuda(std::int64_t, const SparsePatternView&, DType) {
+  return 0;
+}
 
 }  // namespace structmat

@@ -27,4 +27,11 @@ void sparse_low_rank_linear_backward_cuda(const Context& context, ConstMatrixVie
 void sampled_matmul_cuda(const Context& context, ConstMatrixView dy, ConstMatrixView x,
                          const SparsePatternView& pattern, VectorView values);
 
+std::size_t sparse_low_rank_linear_workspace_cuda(std::int64_t tokens,
+                                                  const SparseLowRankWeights& weights);
+std::size_t sparse_low_rank_linear_backward_workspace_cuda(std::int64_t tokens,
+                                                           const SparseLowRankWeights& weights);
+std::size_t sampled_matmul_workspace_cuda(std::int64_t tokens, const SparsePatternView& pattern,
+                                          DType dtype);
+
 }  // namespace structmat

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "block_svd/top_eigenpairs.h"
 #include "random/random_kernels.h"
 #include "structmat/error.h"
 #include "structmat/random.h"
@@ -137,22 +138,26 @@ class CpuEngine {
     captured_ = measured(t);
     check_in_range(std::isfinite(captured_.sum));
     double* const g = orth_->gram(t);
-    const std::int64_t stride = gram_stride(l);
-    const auto square = scratch<double>(l);
-    if (!blas::syevd(to_int(l), g, to_int(stride), square.get())) return false;
-    const double largest = square[l - 1], least = square[l - k];
-    if (!(least > 1e-8 * largest)) return false;
+    for (std::int64_t i = 1; i < l; ++i)
+      std::copy_n(g + i * gram_stride(l), i + 1, g + i * padded(l));  // to where none is read yet
+    const auto square = scratch<double>(l), vectors = scratch<double>(k * padded(l));
+    const auto work = scratch<double>(top_eigenpairs_work * padded(l));
+    if (!top_eigenpairs(g, l, l, square.get(), k, vectors.get(), work.get())) return false;
+    if (!(square[k - 1] > 1e-8 * square[0])) return false;
     sigma_ = scratch<T>(l);
-    w_ = scratch<T>(l * l);
+    for (std::int64_t j = 0; j < l; ++j)
+      sigma_[j] = static_cast<T>(std::sqrt(std::max(square[j], 0.0)));
+    w_ = scratch<T>(k * l);
     lift_ = scratch<double>(l * k);
-    for (std::int64_t j = 0; j < l; ++j) {
-      const double* column = g + (l - 1 - j) * stride;
-      const double value = std::sqrt(std::max(square[l - 1 - j], 0.0));
-      sigma_[j] = static_cast<T>(value);
-      for (std::int64_t i = 0; i < l; ++i) w_[j * l + i] = static_cast<T>(column[i]);
-      for (std::int64_t i = 0; j < k && i < l; ++i) lift_[i * k + j] = column[i] / value;
+    for (std::int64_t j = 0; j < k; ++j) {
+      const double* vector = vectors.get() + j * padded(l);
+      const double inverse = 1 / std::sqrt(square[j]);
+      for (std::int64_t i = 0; i < l; ++i) {
+        w_[j * l + i] = static_cast<T>(vector[i]);
+        lift_[i * k + j] = vector[i] * inverse;
+      }
     }
-    lifts_in_double_ = !(least > 1e-3 * largest);
+    lifts_in_double_ = !(square[k - 1] > 1e-3 * square[0]);
     check_in_range(std::isfinite(sigma_[0]) && std::isfinite(norm_.value()));
     return true;
   }

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sparse product of few tokens: a warp per row of S or a few, its lanes over the entries, x in
+// shared memory. The same launch multiplies x with V, so that neither waits for the other; the
+// product with U follows in a second one (low_rank_decode_cuda.cuh). A single launch would have to
+// wait for h in the middle, on counters that another launch sets to zero first.
+#pragma once
+#include "low_rank/low_rank_decode_cuda.cuh"
+#include "sparse_low_rank/sparse_product_cuda.cuh"
+
+namespace structmat::sparse_low_rank {
+
+struct FewArgs {
+  low_rank::DecodeArgs hidden;   // h = x V^T in parts; none without rows
+  std::int64_t hidden_rows = 0;  // blocks
+  std::int64_t hidden_splits = 0;
+  std::int64_t hidden_blocks = 0;  // in all, the first of the grid
+  std::int64_t sparse_rows = 0;    // blocks
+  SparseProduct sparse;
+  bool keep_sums = false;  // y is of the type of sums
+};
+
+template <class T, int kTokens>
+struct FewTile {
+  static constexpr int kBytes = kTokens * static_cast<int>(sizeof(T));
+  static constexpr int kColumns =
+      kBytes * sparse_slab_columns <= 65536 ? sparse_slab_columns : 65536 / kBytes;
+  struct alignas(kBytes < 16 ? kBytes : 16) Word {
+    T value[kTokens];
+  };
+  Word x[kColumns];
+  unsigned bad[low_rank::kWarps];  // bit t: a number of token t is not finite
+};
+
+// The sums of `value` over the lanes: that of value[lane / (32 / kTokens)] in each lane.
+template <int kTokens, class Sum>
+__device__ Sum sum_over_lanes(Sum (&value)[kTokens], int lane) {
+  SM_UNROLL
+  for (int step = 16, left = kTokens; step > 0; step /= 2) {
+    if (left > 1) {  // half of them to the other lane
+      left /= 2;
+      SM_UNROLL
+      for (int i = 0; i < kTokens / 2; ++i) {
+        if (i >= left) continue;
+        const bool upper = (lane & step) != 0;
+        const Sum give = upper ? value[i] : value[i + left];
+        const Sum keep = upper ? value[i + left] : value[i];
+        value[i] = keep + __shfl_xor_sync(~0u, give, step);
+      }
+    } else {
+      value[0] += __shfl_xor_sync(~0u, value[0], step);
+    }
+  }
+  return value[0];
+}
+
+template <class T, int kTokens, int kRows>
+__device__ void few_rows(const FewArgs& args, FewTile<T, kTokens>& shared, std::int64_t row_block,
+                         std::int64_t token_block) {
+  using Shared = FewTile<T, kTokens>;
+  using Sum = accumulator_t<T>;
+  using Word = typename Shared::Word;
+  constexpr int kColumns = Shared::kColumns, kWarps = low_rank::kWarps, kThreads = kWarps * 32;
+  const SparseProduct& p = args.sparse;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const std::int64_t rows = p.pattern.rows, cols = p.pattern.cols, tokens = p.x.rows;
+  const std::int64_t row0 = (row_block * kWarps + warp) * kRows, token0 = token_block * kTokens;
+  const auto* const columns = p.pattern.columns;
+  const T* const values = static_cast<const T*>(p.values);
+  const T* const x = static_cast<const T*>(p.x.data) + token0 * p.x.row_stride;
+
+  int next[kRows] = {}, end[kRows] = {}, shift[kRows] = {};
+  Sum total[kRows] = {};
+  unsigned bad = 0;
+  SM_ROLLED
+  for (std::int64_t chunk = 0; chunk < cols; chunk += kColumns) {
+    if (chunk % sparse_slab_columns == 0) {
+      SM_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        if (row0 + r >= rows) continue;
+        const RowOfPattern row(p.pattern, row0 + r);
+        const std::int64_t* const slab =
+            p.pattern.starts + row.starts + chunk / sparse_slab_columns;
+        next[r] = static_cast<int>(slab[0]), end[r] = static_cast<int>(slab[1]);
+        shift[r] = row.shift;
+      }
+    }
+    const int begin = static_cast<int>(chunk % sparse_slab_columns);
+    const int width = static_cast<int>(cols - chunk < kColumns ? cols - chunk : kColumns);
+    __syncthreads();
+    SM_ROLLED
+    for (int c = thread; c < width; c += kThreads) {
+      Word word;
+      SM_UNROLL
+      for (int t = 0; t < kTokens; ++t)
+        word.value[t] = token0 + t < tokens ? x[t * p.x.row_stride + chunk + c] : T{};
+      SM_UNROLL
+      for (int t = 0; t < kTokens; ++t)
+        if (!finite(to_float(word.value[t]))) bad |= 1u << t;
+      shared.x[c] = word;
+    }
+    __syncthreads();
+    SM_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      int last = end[r];
+      if (kColumns < sparse_slab_columns)
+        last = first_entry_from(columns, next[r], last, begin + kColumns);
+      Sum sum[kTokens] = {};
+      for (int entry = next[r] + lane; entry < last; entry += 32) {
+        const Sum value = to_float(values[entry + shift[r]]);
+        const Word word = shared.x[static_cast<int>(columns[entry]) - begin];
+        SM_UNROLL
+        for (int t = 0; t < kTokens; ++t) sum[t] += value * to_float(word.value[t]);
+      }
+      next[r] = last;
+      total[r] += sum_over_lanes<kTokens>(sum, lane);
+    }
+  }
+  unsigned of_warp = 0;
+  SM_UNROLL
+  for (int t = 0; t < kTokens; ++t)
+    if (__any_sync(~0u, static_cast<int>(bad >> t & 1u)) != 0) of_warp |= 1u << t;
+  if (lane == 0) shared.bad[warp] = of_warp;
+  __syncthreads();
+  SM_UNROLL
+  for (int w = 0; w < kWarps; ++w) bad |= shared.bad[w];
+
+  constexpr int kLanes = 32 / kTokens;  // that hold the same sum
+  const std::int64_t token = token0 + lane / kLanes;
+  if (lane % kLanes != 0 || token >= tokens) return;
+  SM_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    const std::int64_t row = row0 + r;
+    if (row >= rows) continue;
+    Sum sum = total[r];
+    if (p.sums != nullptr) sum += static_cast<const Sum*>(p.sums)[token * p.sums_stride + row];
+    if ((bad >> (lane / kLanes) & 1u) != 0) sum = not_a_number<Sum>();
+    if (args.keep_sums) {
+      static_cast<Sum*>(p.y.data)[token * p.y.row_stride + row] = sum;
+    } else {
+      if (p.bias != nullptr) sum += to_float(static_cast<const T*>(p.bias)[row]);
+      static_cast<T*>(p.y.data)[token * p.y.row_stride + row] = cuda::rounded<T>(sum);
+    }
+  }
+}
+
+template <class T, int kTokens, int kRows>
+__global__ void __launch_bounds__(low_rank::kWarps * 32, 2) few_tokens_kernel(FewArgs args) {
+  using Sum = accumulator_t<T>;
+  SM_DYNAMIC_SHARED(unsigned char, shared);
+  const std::int64_t block = blockIdx.x, i = block - args.hidden_blocks;
+  if (i < 0)
+    low_rank::decode_rows<T, kTokens, kRows, true>(args.hidden, reinterpret_cast<Sum*>(shared),
+                                                   block % args.hidden_rows,
+                                                   block / args.hidden_rows % args.hidden_splits,
+                                                   block / args.hidden_rows / args.hidden_splits);
+  else
+    few_rows<T, kTokens, kRows>(args, *reinterpret_cast<FewTile<T, kTokens>*>(shared),
+                                i % args.sparse_rows, i / args.sparse_rows);
+}
+
+// y = x S^T + sums + bias. With `v`, parts of h = x V^T go to `parts` in the same launch.
+template <class T>
+void multiply_few(const Context& context, const SparseProduct& p, bool keep_sums,
+                  const low_rank::DecodePhase& first, const ConstMatrixView& v, void* parts) {
+  const std::int64_t rows = p.pattern.rows, tokens = p.x.rows;
+  if (rows == 0 || tokens == 0) return;
+  const low_rank::DecodePhase phase = low_rank::decode_phase(tokens, rows, p.pattern.cols, false);
+  const std::int64_t groups = low_rank::ceil_div(tokens, phase.token_group);
+  FewArgs args;
+  args.sparse = p, args.keep_sums = keep_sums, args.sparse_rows = phase.row_blocks;
+  args.hidden = {};
+  if (v.data != nullptr) {
+    low_rank::DecodeArgs& h = args.hidden;
+    h.weight = v.data, h.weight_stride = v.row_stride, h.rows = v.rows, h.cols = v.cols;
+    h.in = p.x.data, h.in_stride = p.x.row_stride, h.tokens = tokens, h.out = parts;
+    low_rank::prepare(first, sizeof(T), h);
+    args.hidden_rows = first.row_blocks, args.hidden_splits = first.splits;
+    args.hidden_blocks = first.row_blocks * first.splits * groups;
+  }
+  const std::int64_t blocks = args.hidden_blocks + args.sparse_rows * groups;
+  STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,
+                  "sparse_low_rank_linear: more than 2^31 tiles, which no launch takes");
+  low_rank::dispatch_group(phase, [&](auto group, auto rows_of_warp) {
+    constexpr int kTokens = decltype(group)::value, kRows = decltype(rows_of_warp)::value;
+    constexpr std::size_t staged = kTokens * low_rank::kChunk * sizeof(accumulator_t<T>);
+    constexpr std::size_t bytes = std::max(sizeof(FewTile<T, kTokens>), staged);
+    if constexpr (bytes > 48 * 1024) SM_ALLOW_SHARED((few_tokens_kernel<T, kTokens, kRows>));
+    SM_LAUNCH((few_tokens_kernel<T, kTokens, kRows>), static_cast<unsigned>(blocks),
+              low_rank::kWarps * 32, bytes, context.stream, args);
+  });
+}
+
+}  // namespace structmat::sparse_low_rank

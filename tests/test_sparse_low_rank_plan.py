@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How sparse-plus-low-rank products run on a GPU: pure functions of sizes."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+COMPILER = shutil.which("c++")
+CSRC = Path(__file__).parents[1] / "csrc"
+PLAN = r"""
+#include "sparse_low_rank/sparse_low_rank_plan.h"
+#include <cassert>
+using namespace structmat;
+using namespace structmat::sparse_low_rank;
+
+const std::int64_t big = std::int64_t{1} << 33, gemm = cuda::kGemmWorkspace;
+
+Product product(std::int64_t tokens, double density, DType dtype = DType::bf16,
+                std::int64_t m = 4096, std::int64_t n = 4096) {
+  Product p;
+  p.tokens = tokens, p.m = m, p.n = n, p.r = 128, p.dtype = dtype;
+  p.nnz = static_cast<std::int64_t>(density * static_cast<double>(m * n));
+  return p;
+}
+Product columns(std::int64_t tokens, std::int64_t k, DType dtype = DType::bf16) {
+  Product p = product(tokens, 0, dtype);
+  p.nnz = p.m * k, p.columns = true;
+  return p;
+}
+
+void choices() {
+  for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+    for (const std::int64_t tokens : {0, 1, 32}) {
+      assert(way_of(product(tokens, 0.03, dtype)) == Way::few);
+      assert(way_of(columns(tokens, 123, dtype)) == Way::columns);
+    }
+  // 16-bit types: tensor cores from 2 % on; written out for many tokens.
+  assert(way_of(product(33, 0.03)) == Way::tiles && way_of(product(1023, 0.03)) == Way::tiles);
+  assert(way_of(product(1024, 0.03)) == Way::dense && way_of(product(big, 0.03)) == Way::dense);
+  assert(way_of(product(33, 0.01)) == Way::sparse && way_of(product(big, 0.01)) == Way::sparse);
+  // No tensor cores: sparse up to a fourth.
+  for (const DType dtype : {DType::f32, DType::f64}) {
+    assert(way_of(product(128, 0.5, dtype)) == Way::sparse);
+    assert(way_of(product(4096, 0.1, dtype)) == Way::sparse);
+    assert(way_of(product(4096, 0.5, dtype)) == Way::dense);
+  }
+  // Nothing in S, or nothing at all.
+  assert(way_of(product(4096, 0)) == Way::sparse && way_of(columns(4096, 0)) == Way::sparse);
+  assert(way_of(product(64, 1, DType::bf16, 0, 5)) == Way::sparse);
+}
+
+void spaces() {
+  // W is written only for many tokens, once, in whole packs.
+  Product p = product(4096, 0.03);
+  p.n = 4095, p.nnz -= 1;
+  const auto weight = static_cast<std::size_t>(4096 * 4096 * 2);
+  const auto rest = static_cast<std::size_t>(4096 * 128 * 2 + gemm);
+  assert(ForwardSpace(p, nullptr).bytes == weight + rest);
+  p.tokens = 512;
+  assert(ForwardSpace(p, nullptr).bytes == 512 * 128 * 2 + gemm);
+  // Few tokens: parts of h, and the sums of y.
+  p = product(1, 0.03);
+  const ForwardSpace few(p, nullptr);
+  assert(few.first.splits == 4 && few.bytes == 4 * 128 * 4 + 4096 * 4 + gemm);
+  p.r = 0;
+  assert(ForwardSpace(p, nullptr).bytes == static_cast<std::size_t>(gemm));
+  // fp32 sums of other products lie in y.
+  assert(ForwardSpace(product(512, 0.03, DType::f32), nullptr).sums == nullptr);
+  // Pieces follow one another, aligned.
+  char* const at = reinterpret_cast<char*>(std::intptr_t{1} << 20);
+  const ForwardSpace joined(columns(4096, 123), at);
+  assert(joined.k == 128 && joined.inner == 256 && joined.left == at);
+  assert(static_cast<char*>(joined.right) == at + 4096 * 256 * 2);
+  // The gradient of x is a product with the transpose; its values are put in order.
+  const BackwardSpace back(product(512, 0.03, DType::bf16, 64, 4096), 132, at);
+  assert(back.way == Way::tiles && back.values != nullptr && back.weight == nullptr);
+  const BackwardSpace written(product(4096, 0.03), 132, at);
+  assert(written.way == Way::dense && written.values == nullptr && written.weight != nullptr);
+  const BackwardSpace few_back(product(8, 0.03), 132, at);
+  assert(few_back.way == Way::few && few_back.values != nullptr && few_back.sums != nullptr);
+}
+
+void sums() {
+  // Tiles enough: one part. A small matrix: parts of 256 tokens or more, none of them empty.
+  assert(SampledSpace(product(65536, 0.03), 132, nullptr).bytes == 0);
+  for (const std::int64_t tokens : {std::int64_t{0}, std::int64_t{1}, std::int64_t{511},
+                                    std::int64_t{100003}, big}) {
+    const Product p = product(tokens, 0.1, DType::bf16, 200, 300);
+    const SampledSpace s(p, 132, nullptr);
+    assert(s.splits >= 1 && s.split_inner % 32 == 0 && s.splits * s.split_inner >= tokens);
+    assert(s.splits == 1 || (s.splits - 1) * s.split_inner < tokens);
+    assert(tokens >= 512 || s.splits == 1);
+    assert(tokens < 100003 || s.splits > 1);
+    if (s.splits > 1) assert(s.bytes >= static_cast<std::size_t>(s.splits * p.nnz * 4));
+  }
+  const SampledSpace gathered(columns(4096, 123), 132, nullptr);
+  assert(gathered.k == 128 && gathered.bytes == 4096 * 128 * 2 + gemm);
+}
+
+int main() {
+  choices();
+  spaces();
+  sums();
+}
+"""
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_sparse_low_rank_plan(tmp_path: Path) -> None:
+    program = tmp_path / "plan"
+    folders = [f"-I{CSRC / folder}" for folder in ("include", "core")]
+    options = ["-std=c++20", "-Wall", "-Wextra", "-Werror", *folders, "-x", "c++", "-"]
+    subprocess.run([str(COMPILER), *options, "-o", str(program)], input=PLAN, text=True, check=True)
+    subprocess.run([str(program)], check=True)
