@@ -56,6 +56,19 @@ def chain(x: torch.Tensor, bias: torch.Tensor, *factors: torch.Tensor) -> torch.
     return sm.ops.kronecker_sparse_linear(x, factors, bias)
 
 
+def sparse_low_rank(name: str, family: str, tokens: int, m: int, n: int, r: int) -> Operation:
+    nnz = sm.SparsePattern.random(m, n, 0.2, family=family).nnz
+
+    def function(
+        x: torch.Tensor, U: torch.Tensor, V: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        pattern = sm.SparsePattern.random(m, n, 0.2, family=family, device=x.device)
+        y = sm.ops.sparse_low_rank_linear(x, U, V, pattern, values, bias, base=(U @ V).detach())
+        return y, sm.ops.sampled_matmul(y, x, pattern)
+
+    return Operation(name, ((tokens, n), (m, r), (r, n), (nnz,), (m,)), function)
+
+
 def gaussian(like: torch.Tensor) -> torch.Tensor:
     return torch.ops.structmat.gaussian(like, 37, 129, 3, 1)
 
@@ -145,6 +158,10 @@ OPERATIONS = [
     Operation("randomized_svd", ((67, 45),), svd, False),
     Operation("randomized_svd, centred", ((41, 23),), centred_svd, False),
     Operation("randomized_svd_list", ((13, 9), (5, 11)), svd_list, False, (torch.float32,)),
+    sparse_low_rank("sparse_low_rank_linear", "uniform", 35, 41, 37, 5),
+    sparse_low_rank("sparse_low_rank_linear, columns", "columns", 35, 32, 48, 8),
+    sparse_low_rank("sparse_low_rank_linear, vectors", "vector16", 2, 41, 48, 5),
+    sparse_low_rank("sparse_low_rank_linear, blocks", "block16", 35, 32, 48, 8),
     Operation("streaming_svd", ((133, 9),), streaming, False),
     Operation("streaming_svd, wide rows", ((3, 131),), streaming_wide, False, (torch.float32,)),
     Operation("gaussian", ((0,),), gaussian, False, WIDE),

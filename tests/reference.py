@@ -130,6 +130,22 @@ def low_rank_linear(
     return y if bias is None else y + (bias if bias.dtype == torch.float64 else exact(bias))
 
 
+def sparse_low_rank_linear(
+    x: torch.Tensor,
+    U: torch.Tensor | None,
+    V: torch.Tensor | None,
+    S: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = x (base + U V + S)^T + bias, S a dense matrix."""
+    x, U, V, S, bias, base = (
+        a if a is None or a.dtype == torch.float64 else exact(a) for a in (x, U, V, S, bias, base)
+    )
+    W = S if U is None or V is None else S + U @ V
+    return activated(x @ (W if base is None else W + base).T, bias)
+
+
 def monarch_linear(
     x: torch.Tensor,
     W1: torch.Tensor,

@@ -153,7 +153,7 @@ void dispatch_group(const DecodePhase& phase, F f) {
 }
 
 template <class T, int kTokens, int kRows, bool kFirst>
-__global__ void __launch_bounds__(kWarps * 32) decode_kernel(DecodeArgs a) {
+__global__ void __launch_bounds__(kWarps * 32, 2) decode_kernel(DecodeArgs a) {
   SM_DYNAMIC_SHARED(accumulator_t<T>, staged);
   decode_rows<T, kTokens, kRows, kFirst>(a, staged, blockIdx.x, blockIdx.y, blockIdx.z);
 }

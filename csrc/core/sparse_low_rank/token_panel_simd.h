@@ -46,6 +46,12 @@ struct TokenTiles {
   }
 };
 
+// A panel of 64 tokens (32 doubles), or half of that where 4 bytes of so many columns would not
+// leave the level-2 cache, of 1 MB or more, room for anything else.
+inline std::int64_t panel_vecs(std::int64_t columns) {
+  return columns > 2560 ? kTileVecs / 2 : kTileVecs;
+}
+
 // Columns [j0, j1) of x to to[(j - j0) * ld + t]. zeros[t], if wanted, is the sum of 0 x: NaN for a
 // token with a number that is not finite.
 template <class S, class T>

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseLowRankLinear: construction, conversion, saving, reselection."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import structmat as sm
+
+FAMILIES = ("uniform", "columns", "vector16", "block16")
+Layer = sm.nn.SparseLowRankLinear
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("init", ["sltrain", "lost"])
+@pytest.mark.parametrize(("rank", "density"), [(3, 0.2), (0, 0.2), (3, 0.0), (3, 1.0)])
+def test_forward_saving_and_devices(family: str, init: str, rank: int, density: float) -> None:
+    layer = Layer(40, 33, rank, density, family=family, init=init, dtype=torch.float64)
+    x = torch.randn(2, 3, 40, dtype=torch.float64)
+    want = x @ layer.weight.T + layer.bias
+    torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    assert list(state) == ["U", "V", "values", "bias", "starts", "columns"]
+    like = {"family": family, "seed": 5, "dtype": torch.float64}
+    used = Layer(40, 33, rank, density, **like)
+    used(x.clone().requires_grad_()).sum().backward()  # has transposed its own support
+    used.load_state_dict(state)
+    empty = Layer(40, 33, rank, density, device="meta", **like)
+    empty.load_state_dict(state, assign=True)
+    for other in (used, empty, copy.deepcopy(layer)):
+        assert torch.equal(other(x), layer(x))
+        assert other.pattern == layer.pattern
+        dx = [torch.autograd.grad(a(t := x.clone().requires_grad_()).sum(), t)[0]
+              for a in (layer, other)]  # fmt: skip
+        assert torch.equal(*dx)
+    late = Layer(40, 33, rank, density, device="meta", **like).to_empty(device="cpu")
+    late.reset_parameters()
+    assert late(x).isfinite().all()
+    if init == "sltrain":
+        assert late.pattern == Layer(40, 33, rank, density, **like).pattern
+
+
+def test_a_spoiled_support_is_not_loaded() -> None:
+    layer = Layer(40, 33, 3, 0.2)
+    state = layer.state_dict()
+    state["columns"] = torch.full_like(state["columns"], 255)
+    with pytest.raises(ValueError, match="out of range"):
+        layer.load_state_dict(state)
+
+
+def test_initial_parameters() -> None:
+    layer = Layer(400, 300, 20, 0.1)
+    assert not layer.U.any()
+    assert not layer.bias.any()
+    for drawn in (layer.V, layer.values):
+        assert drawn.abs().max() <= 1 / 20
+        assert drawn.std().item() == pytest.approx(1 / 20 / 3**0.5, rel=0.05)
+    lost = Layer(60, 50, 5, 0.1, family="columns", init="lost", dtype=torch.float64)
+    torch.testing.assert_close(lost.U.T @ lost.U, (lost.U.T @ lost.U).diag().diag())
+    assert lost.pattern.nnz == 6 * 50
+    with pytest.raises(ValueError, match="init is 'zero'"):
+        Layer(4, 4, 1, 0.5, init="zero")
+    with pytest.raises(ValueError, match="rank must be from 0 to 4"):
+        Layer(4, 5, 5, 0.5)
+    with pytest.raises(ValueError, match="density is 2"):
+        Layer(4, 5, 1, 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_linear(family: str) -> None:
+    linear = nn.Linear(40, 33).eval()
+    layer = Layer.from_linear(linear, 4, 0.2, family=family)
+    W = linear.weight.detach().double()
+    U, S, Vh = torch.linalg.svd(W)
+    residual = W - U[:, :4] @ S[:4].diag() @ Vh[:4]
+    pattern = sm.SparsePattern.from_scores(residual.square(), 0.2, family=family)
+    want = (residual * ~pattern.to_mask()).norm()
+    torch.testing.assert_close((W - layer.weight.double()).norm(), want, rtol=1e-5, atol=0)
+    assert not layer.training
+    assert torch.equal(layer.bias, linear.bias)
+    back = layer.to_linear()
+    torch.testing.assert_close(back.weight, layer.weight + 0)
+    whole = Layer.from_linear(linear, 4, 1.0, family=family)
+    torch.testing.assert_close(whole.to_linear().weight, linear.weight, rtol=0, atol=1e-6)
+    nn.init.constant_(linear.weight, torch.nan)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        Layer.from_linear(linear, 1, 0.5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reselection_carries_values_and_moments(family: str) -> None:
+    layer = Layer(40, 33, 3, 0.2, family=family)
+    optimizer = torch.optim.Adam(layer.parameters(), amsgrad=True)
+    x = torch.randn(9, 40)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    values, state = layer.values, optimizer.state[layer.values]
+
+    def dense() -> list[torch.Tensor]:
+        held = [values.detach(), state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"]]
+        return [layer.pattern.scatter(a) for a in held]
+
+    before, old = dense(), layer.pattern.to_mask()
+    scores = torch.rand(33, 40) + 0.5 * old
+    moved = layer.reselect(scores)
+    moved.carry_optimizer_state(optimizer)
+    new = layer.pattern.to_mask()
+    assert layer.pattern == sm.SparsePattern.from_scores(scores, 0.2, family=family)
+    assert layer.values is values
+    assert values.grad is None
+    assert 0 < len(moved.new) < len(values)
+    for a, b in zip(dense(), before, strict=True):
+        assert torch.equal(a, b * new)
+    assert state["step"] == 1
+    layer(x.requires_grad_()).square().sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"scores is \(40, 33\)"):
+        layer.reselect(scores.T)
+    with pytest.raises(ValueError, match="does not hold the values"):
+        moved.carry_optimizer_state(torch.optim.SGD([layer.U], 0.1))
+
+
+def test_compile_and_export() -> None:
+    torch.compiler.reset()
+    layer, x = Layer(20, 18, 2, 0.3), torch.randn(4, 20)
+    leaves = list(layer.parameters())
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    want = torch.autograd.grad(layer(x).square().sum(), leaves)
+    for a, b in zip(torch.autograd.grad(compiled(x).square().sum(), leaves), want, strict=True):
+        assert torch.equal(a, b)
+    layer.reselect(torch.rand(18, 20))
+    torch.testing.assert_close(compiled(x), layer(x))
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x))
+
+
+def test_training_lowers_the_loss() -> None:
+    layer, x = Layer(20, 18, 2, 0.3, family="vector16"), torch.randn(64, 20)
+    y = x @ torch.randn(20, 18) / 4
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    losses = []
+    for _ in range(60):
+        loss = (layer(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]

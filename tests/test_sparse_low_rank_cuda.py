@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is particular to the CUDA kernels of sparse_low_rank_linear: each way to run it
+(csrc/core/sparse_low_rank/sparse_low_rank_plan.h), edges of tiles, whole packs and odd sizes."""
+
+import pytest
+import torch
+from conftest import Backend
+from reference import assert_close, exact, gradients, make
+
+import structmat as sm
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _only_cuda(backend: Backend) -> None:
+    if backend.name == "cpu":
+        pytest.skip("about the CUDA kernels")
+
+
+def compare(
+    size: tuple[int, int, int, int],
+    density: float,
+    dtype: torch.dtype,
+    device: str,
+    family: str = "uniform",
+    *,
+    base: bool = False,
+    layout: str = "contiguous",
+) -> None:
+    """The result and all gradients, twice with the same bits."""
+    T, m, n, r = size
+    pattern = sm.SparsePattern.random(m, n, density, family=family)
+
+    def normal(*shape: int, scale: float = 1.0, layout: str = layout) -> torch.Tensor:
+        return make(*shape, dtype=dtype, device=device, layout=layout, scale=scale)
+
+    x, dy = normal(T, n), normal(T, m)
+    args = [x, normal(m, r, scale=0.5), normal(r, n, scale=0.5)]
+    args += [normal(pattern.nnz, layout="contiguous"), normal(m, layout="contiguous")]
+    W = normal(m, n) if base else None
+    on_host, pattern = pattern, pattern.to(device)
+
+    def run() -> list[torch.Tensor]:
+        x, U, V, values, bias = leaves = [a.detach().requires_grad_() for a in args]
+        y = sm.ops.sparse_low_rank_linear(x, U, V, pattern, values, bias, base=W)
+        with torch.no_grad():
+            inferred = sm.ops.sparse_low_rank_linear(x, U, V, pattern, values, bias, base=W)
+        return [inferred, y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    def dense(x, U, V, values, bias):
+        weight = U @ V + on_host.scatter(values)
+        return x @ (weight if W is None else weight + exact(W)).T + bias
+
+    found, again = run(), run()
+    want, grads = gradients(dense, args, dy)
+    for a, b, c in zip(found, again, (want, want, *grads), strict=True):
+        assert torch.equal(a, b)
+        scale = max(1.0, c.square().mean().sqrt().item())
+        assert_close(a, c, dtype, terms=max(T, m, n) + r, scale=scale)
+
+
+# One token, and groups of four and of eight.
+@pytest.mark.parametrize("tokens", [1, 3, 19])
+def test_few_tokens(backend: Backend, dtype: torch.dtype, tokens: int) -> None:
+    compare((tokens, 37, 41, 3), 0.1, dtype, backend.device, base=tokens == 3)
+
+
+def test_few_tokens_of_more_columns_than_shared_memory_holds(backend: Backend) -> None:
+    compare((7, 9, 4200, 2), 0.03, torch.float32, backend.device)
+
+
+# More rows and columns than a block has; few entries, so that 16-bit types stay sparse.
+@pytest.mark.parametrize("family", ["uniform", "vector16"])
+def test_sparse_rows(backend: Backend, dtype: torch.dtype, family: str) -> None:
+    compare((67, 260, 530, 2), 0.01, dtype, backend.device, family)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("family", ["uniform", "vector16", "block16"])
+def test_tiles(backend: Backend, dtype: torch.dtype, family: str) -> None:
+    compare((70, 66, 75, 5), 0.2, dtype, backend.device, family)
+    compare((40, 72, 48, 8), 0.3, dtype, backend.device, family, base=True)
+
+
+def test_large_tiles_and_full_rows(backend: Backend) -> None:
+    compare((260, 136, 40, 8), 0.9, torch.bfloat16, backend.device)
+
+
+def test_written_weight(backend: Backend, dtype: torch.dtype) -> None:
+    compare((1026, 17, 20, 3), 0.3, dtype, backend.device)
+    compare((1024, 16, 24, 8), 0.5, dtype, backend.device, "block16", base=True)
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_columns(backend: Backend, dtype: torch.dtype, base: bool) -> None:
+    compare((9, 33, 40, 5), 0.2, dtype, backend.device, "columns", base=base, layout="slice")
+
+
+# A number that is not finite reaches every output of its token, in each of the ways.
+@pytest.mark.parametrize("family", ["uniform", "columns"])
+@pytest.mark.parametrize("tokens", [5, 40, 1030])
+def test_not_finite(backend: Backend, dtype: torch.dtype, tokens: int, family: str) -> None:
+    m, n = 17, 20
+    pattern = sm.SparsePattern.random(m, n, 0.3, family=family).to(backend.device)
+    values = make(pattern.nnz, dtype=dtype, device=backend.device, layout="contiguous")
+    x = make(tokens, n, dtype=dtype, device=backend.device)
+    x[1, n - 1], x[3, 0] = torch.inf, torch.nan
+    dy = make(tokens, m, dtype=dtype, device=backend.device)
+    dy[2, 0] = -torch.inf
+    x.requires_grad_()
+    y = sm.ops.sparse_linear(x, pattern, values)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    for out, bad in ((y, (1, 3)), (dx, (2,))):
+        nan = out.isnan()
+        for token in range(tokens):
+            assert nan[token].all() if token in bad else not nan[token].any()
