@@ -266,7 +266,7 @@ def _check_options(
     if type(model) in (nn.Linear, *STRUCTURED):
         raise ValueError(
             "compress: the model is a linear layer itself, which has no place to be replaced in; "
-            "use the from_linear of a layer of structmat.nn"
+            "use the from_linear of structmat.nn.LowRankLinear or MonarchLinear"
         )
     if next(model.parameters(), None) is None:
         raise ValueError("compress: the model has no parameters")

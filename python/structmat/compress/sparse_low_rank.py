@@ -13,7 +13,7 @@ from .calibrate import Calibration, Progress, moments
 from .layers import Target, bias_of
 from .plan import Plan, counter, groups
 
-_LOW_RANK = 0.25  # of the kept weights: the share OATS found best for language models
+_LOW_RANK = 0.25  # of the kept weights
 _RIDGE = 1e-2  # of the mean input energy: directions without data stay as they were
 
 
