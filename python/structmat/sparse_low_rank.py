@@ -205,7 +205,7 @@ def compensate(W: Tensor, W_hat: Tensor, rank: int, inputs: Tensor | None = None
     difference = A - B
     P = torch.linalg.svd(moments.root(difference), full_matrices=False).U[:, :rank]
     U, V = _balanced(P, P.T @ difference, scale, W.dtype)
-    lost = _lost(W, U, V, W_hat, scale, moments)
+    lost = _lost(W, U, V, W_hat.detach(), scale, moments)
     return Compensation(U, V, _relative(lost, _energy(A, moments)))
 
 
@@ -216,6 +216,7 @@ class _Moments:
         n = W.shape[1]
         self.full: Tensor | None = None
         self.diagonal = W.new_ones(n)
+        self.plain = inputs is None
         if inputs is None:
             return
         _check_tensor("inputs", inputs, op)
@@ -240,7 +241,9 @@ class _Moments:
 
     def times(self, X: Tensor) -> Tensor:
         """``X C``."""
-        return X * self.diagonal if self.full is None else X @ self.full
+        if self.full is not None:
+            return X @ self.full
+        return X if self.plain else X * self.diagonal
 
     def root(self, X: Tensor) -> Tensor:
         """Some ``Y`` with ``Y Y^T = X C X^T``."""
@@ -271,21 +274,22 @@ def _alternate(
     E, F = X - P @ V, G - P @ H  # E = W - P V - S, F = E C
     S = torch.zeros_like(W)
     loss, whole = _inner(E, F), _inner(W, G)
-    pattern, values = select(S), None
+    best: tuple[SparsePattern, Tensor] | None = None
     losses: list[float] = []
     t = 1.0
     for _ in range(iterations):
         before = loss
         while True:
-            Z = S + torch.where(seen, F * (inverse / t), E)
-            chosen = select(Z.square() * d)
+            step = E if C.full is None else torch.where(seen, F * (inverse / t), E)
+            Z = S + step
+            chosen = select(Z.square() if C.plain else Z.square() * d)
             kept = chosen.gather(Z)
             S_new = chosen.scatter(kept)
             E_new = E + S - S_new
             F_new = C.times(E_new)
             found = _inner(E_new, F_new)
-            if found <= loss or (values is None and t >= limit):
-                pattern, values, S, E, F, loss = chosen, kept, S_new, E_new, F_new, found
+            if found <= loss or (best is None and t >= limit):
+                best, S, E, F, loss = (chosen, kept), S_new, E_new, F_new, found
                 t = max(1.0, t / 2)
                 break
             if t >= limit:
@@ -302,8 +306,8 @@ def _alternate(
         losses.append(loss)
         if loss <= _EXACT * whole or before - loss <= _STALLED * before:
             break
-    assert values is not None
-    return P, V, pattern, values, losses
+    assert best is not None
+    return P, V, *best, losses
 
 
 def _inner(A: Tensor, B: Tensor) -> float:
