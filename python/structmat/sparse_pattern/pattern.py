@@ -272,9 +272,9 @@ class SparsePattern:
 
         Example:
             >>> import torch, structmat as sm
-            >>> sparse = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).to_sparse_csr()
-            >>> pattern = sm.SparsePattern.from_csr(sparse)
-            >>> pattern.to_csr(sparse.values()).to_dense()
+            >>> crow, columns = torch.tensor([0, 1, 3]), torch.tensor([1, 0, 1])
+            >>> pattern = sm.SparsePattern.from_csr(crow, columns, (2, 2))
+            >>> pattern.scatter(torch.tensor([1.0, 2.0, 3.0]))
             tensor([[0., 1.],
                     [2., 3.]])
         """
