@@ -542,6 +542,14 @@ class SparsePattern:
         """
         return state.load(cls, given, device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        columns = self.columns.view(torch.uint8)  # pickle knows no uint16 of torch's
+        return self.__dict__ | {"columns": columns, "_transposed": None}
+
+    def __setstate__(self, given: dict[str, Any]) -> None:
+        self.__dict__.update(given)
+        self.columns = given["columns"].view(torch.uint16)
+
     def __eq__(self, other: object) -> bool:
         """Whether shape, family and support are the same, on any devices."""
         if not isinstance(other, SparsePattern):
