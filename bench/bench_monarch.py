@@ -5,8 +5,9 @@ python bench/bench_monarch.py [--device cuda] [--tiny] [--dtype NAME] [--passes 
 Contenders: pairs of einsums with the intermediate in three layouts, batched products with and
 without transposed outputs made beforehand, the published form (fly), and, for as many tokens as it
 bears, the dense layer. ratio: the fastest of them but dense, over ours; goal: what is wanted of it.
-fly and dense: their times over ours. GB/s counts each operand and result once, share is the time of
-the measured roofline (products of large matrices, bandwidth) over ours.
+fly and dense: their times over ours. GB/s counts each operand and result once. GEMM and memory are
+the shares reached of what is measured in the same run: the rate of a product of large matrices, the
+bandwidth of a sum over memory that no cache holds.
 """
 
 import contextlib
@@ -229,7 +230,7 @@ def main() -> None:
             print("forward" if passes == "forward" else "forward and backward")
             print(f"{'op':>14} {'tokens':>6} {'n':>5} {'blocks':>6} {'ours us':>9} {'torch us':>9} "
                   f"{'ratio':>6} {'goal':>5} {'fly':>6} {'dense':>6} {'GFLOP/s':>8} {'GB/s':>5} "
-                  f"{'share':>6}")  # fmt: skip
+                  f"{'GEMM':>6} {'memory':>6}")  # fmt: skip
             found = []
             for op, tokens, n, blocks, *goals in cases:
                 if (args.tokens and tokens not in args.tokens) or (args.op and op not in args.op):
@@ -244,7 +245,7 @@ def main() -> None:
                 print(f"{op:>14} {tokens:6} {n:5} {blocks:6} {ours:9.1f} {ours * r['ratio']:9.1f} "
                       f"{r['ratio']:6.2f} {cell(goal):>5} {cell(r['fly'], '.1f'):>6} "
                       f"{cell(r['dense'], '.1f'):>6} {r['gflops']:8.0f} {r['gbytes']:5.0f} "
-                      f"{r['share']:6.2f}", flush=True)  # fmt: skip
+                      f"{r['share_flops']:6.0%} {r['share_bytes']:6.0%}", flush=True)  # fmt: skip
             ratios = summarize_ratios(found)
             mean, least = ratios["geometric_mean"], ratios["least"]
             print(f"geometric mean {mean:.2f}, least {least:.2f}")

@@ -118,6 +118,7 @@ if (cd "$work" && "$python" -c 'import structmat'); then
   stage bench_low_rank 60 bash -c "bench bench/bench_low_rank.py"
   stage bench_svd 75 bash -c "bench bench/bench_svd.py"
   stage monarch_on_gpu 45 bash -c "bench bench/monarch_on_gpu.py"
+  stage sparse_low_rank_on_gpu 45 bash -c "bench bench/sparse_low_rank_on_gpu.py"
   for file in bench/bench_*.py; do
     case $file in */bench_low_rank.py | */bench_svd.py | */bench_compress.py) continue ;; esac
     stage "$(basename "$file" .py)" 25 bash -c "bench $file"

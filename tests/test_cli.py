@@ -125,7 +125,7 @@ def test_info_json_is_all_a_program_prints() -> None:
     assert done.stderr == ""
     facts = json.loads(done.stdout)
     assert facts["structmat"] == sm.__version__
-    assert facts["cpu"]["simd"] in ("baseline", "avx2", "avx512", "amx")
+    assert facts["cpu"]["simd"] in ("baseline", "avx2", "avx512", "avx512bf16", "amx")
     assert facts["cpu"]["threads"] >= 1
     assert facts["cuda"]["built"] == bool(facts["cuda"]["architectures"])
     assert facts["blas"]

@@ -350,6 +350,8 @@ def test_the_best_instruction_set_is_taken() -> None:
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     if {"amx_bf16", "amx_tile", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"} <= flags:
         assert _C.simd == "amx"
+    elif {"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        assert _C.simd == "avx512bf16"
     elif {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
         assert _C.simd == "avx512"
 

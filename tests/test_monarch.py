@@ -266,7 +266,7 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, threads: int) -
             assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.parametrize("level", ["avx2", "baseline"])
+@pytest.mark.parametrize("level", ["avx512", "avx2", "baseline"])
 def test_other_instruction_sets(level: str) -> None:
     other = Path(__file__).with_name("test_kronecker_sparse.py")
     tests = [f"{__file__}::test_{name}" for name in ("forward_and_gradients", "layouts")]

@@ -17,12 +17,11 @@ namespace {
 // Tokens in equal tiles of whole vectors, as many for each thread.
 struct LaneTiles {
   std::int64_t tokens, size, count;
-  LaneTiles(std::int64_t tokens, std::int64_t threads, std::int64_t lanes)
-      : tokens(tokens),
-        size(std::max(
-            round_up(ceil_div(tokens, round_up(ceil_div(tokens, kTokenTile), threads)), lanes),
-            lanes)),
-        count(ceil_div(tokens, size)) {}
+  LaneTiles(std::int64_t tokens, std::int64_t threads, std::int64_t lanes) : tokens(tokens) {
+    const std::int64_t least = std::max(round_up(ceil_div(tokens, kTokenTile), threads), threads);
+    size = std::max(round_up(ceil_div(tokens, least), lanes), lanes);
+    count = ceil_div(tokens, size);
+  }
   std::int64_t first(std::int64_t tile) const { return std::min(tokens, tile * size); }
 };
 
@@ -124,6 +123,7 @@ struct Monarch {
     }
     store_panels<S, T>(z, lanes, step, t1 - t0, to, b0, b1, out.width, row_of<T>(out.y, t0),
                        out.y.row_stride, out.streams());
+    if (out.streams()) finish_streams();
   }
 
   // body(t0, t1, index) for tiles of tokens and each index < parts
@@ -154,7 +154,6 @@ struct Monarch {
           phase.body(tiles.first(i), tiles.first(i + 1), index);
       };
       (of_tile(phases), ...);
-      finish_streams();
     });
   }
 

@@ -2,8 +2,10 @@
 // How sparse_low_rank_linear runs on a GPU: pure functions of sizes, tested without one. The
 // thresholds come from the arithmetic below; none has been tuned on a GPU.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "cuda/arena.h"
 #include "cuda/column_sums.h"

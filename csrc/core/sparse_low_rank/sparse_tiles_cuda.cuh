@@ -5,6 +5,7 @@
 #include "cuda/strided_product_mma.cuh"
 #include "cuda/strided_product_simt.cuh"
 #include "sparse_low_rank/sparse_product_cuda.cuh"
+#include "structmat/sparse_low_rank.h"
 
 namespace structmat::sparse_low_rank {
 

@@ -45,7 +45,7 @@ class SparsePattern:
 
     Attributes:
         shape: ``(m, n)``.
-        nnz: the number of entries, below 2^31.
+        nnz: the number of entries, at most 2^31 - 64.
         family: one of the four.
         density: ``nnz / (m n)``, 0 for an empty matrix.
         seed: that of :meth:`random`, else ``None``.
@@ -95,8 +95,8 @@ class SparsePattern:
         nnz: int,
         seed: int | None = None,
     ) -> "SparsePattern":
-        if nnz >= 2**31:
-            raise ValueError(f"SparsePattern: {nnz} entries, at most 2^31 - 1 work")
+        if nnz > 2**31 - 64:
+            raise ValueError(f"SparsePattern: {nnz} entries, at most 2^31 - 64 work")
         made = object.__new__(cls)
         made.shape, made.family, made.nnz, made.seed = shape, family, nnz, seed
         made.group = rows_in_group(family, shape[0])
