@@ -131,8 +131,8 @@ class SparsePattern:
 
         Raises:
             TypeError: a size or the seed is no integer.
-            ValueError: a negative size, an unknown family, a density or seed out of range, or 2^31
-                entries or more.
+            ValueError: a negative size, an unknown family, a density or seed out of range, or more
+                than 2^31 - 64 entries.
 
         Cost: a 64-bit number for every place, of which the smallest are taken: 16 bytes of memory
         for each of the ``m n`` places of ``uniform`` while it runs.
