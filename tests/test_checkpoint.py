@@ -55,6 +55,8 @@ def test_description(tmp_path: Path) -> None:
         "n": 48,
         "rank": entry.rank,
         "n_blocks": None,
+        "density": None,
+        "family": None,
         "bias": True,
         "dtype": "bfloat16",
         "predicted_error": entry.predicted_error,

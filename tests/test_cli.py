@@ -360,6 +360,7 @@ def test_compress_makes_a_model_that_loads(model: Path, passages: Path, tmp_path
         ["--method", "svd"],
         ["--method", "fisher"],
         ["--method", "monarch"],
+        ["--method", "sparse_low_rank"],
         ["--method", "whitened", "--ranks", "global"],
         ["--method", "whitened", "--sequential"],
         ["--ranks", "global", "--sequential"],

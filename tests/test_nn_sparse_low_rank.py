@@ -77,7 +77,7 @@ def test_from_linear(family: str) -> None:
     residual = W - U[:, :4] @ S[:4].diag() @ Vh[:4]
     pattern = sm.SparsePattern.from_scores(residual.square(), 0.2, family=family)
     want = (residual * ~pattern.to_mask()).norm()
-    torch.testing.assert_close((W - layer.weight.double()).norm(), want, rtol=1e-5, atol=0)
+    assert (W - layer.weight.double()).norm() < 0.99 * want  # what one step leaves
     assert not layer.training
     assert torch.equal(layer.bias, linear.bias)
     back = layer.to_linear()

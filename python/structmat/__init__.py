@@ -15,7 +15,7 @@ torch.ops.load_library(_spec.origin)
 # For CMake: -DCMAKE_PREFIX_PATH=$(structmat-config --cmake-prefix)
 cmake_prefix_path = str(Path(_spec.origin).parent / "lib" / "cmake")
 
-from . import kronecker_sparse, linalg, monarch, nn, ops  # noqa: E402  (register the fakes of the operators just loaded)
+from . import kronecker_sparse, linalg, monarch, nn, ops, sparse_low_rank  # noqa: E402  (register the fakes of the operators just loaded)
 from .compress import (  # noqa: E402
     CompressionReport,
     LayerReport,
@@ -40,4 +40,5 @@ __all__ = [
     "nn",
     "ops",
     "save_pretrained",
+    "sparse_low_rank",
 ]

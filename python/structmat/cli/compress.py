@@ -21,6 +21,10 @@ class Method(str, Enum):
     svd = "svd"
     fisher = "fisher"
     monarch = "monarch"
+    sparse_low_rank = "sparse_low_rank"
+
+
+_STRUCTURES = (Method.monarch, Method.sparse_low_rank)
 
 
 class Ranks(str, Enum):
@@ -53,7 +57,7 @@ def compress(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Replace a model's linear layers by low-rank or Monarch ones.
+    """Replace a model's linear layers by structured ones.
 
     The result loads with structmat.load_pretrained(OUT), at this size or, if of low rank, any
     smaller one.
@@ -61,13 +65,14 @@ def compress(
     require("transformers", "safetensors")
     if not 0 < keep < 1:
         raise UserError(f"--keep must lie between 0 and 1, got {keep:g}")
-    without = method in (Method.svd, Method.monarch)
+    without = method in (Method.svd, *_STRUCTURES)
     if calibration is None and (not without or ranks is Ranks.global_ or sequential):
         raise UserError(
-            "needs --calibration FILE, except for --method svd or monarch with --ranks uniform"
+            "needs --calibration FILE, except for --method svd, monarch or sparse_low_rank with "
+            "--ranks uniform"
         )
-    if method is Method.monarch and ranks is Ranks.global_:
-        raise UserError("--method monarch goes with --ranks uniform")
+    if method in _STRUCTURES and ranks is Ranks.global_:
+        raise UserError(f"--method {method.value} goes with --ranks uniform")
     if sequential and method is not Method.whitened:
         raise UserError(f"--sequential goes with --method whitened, not {method.value}")
     if device is Device.cuda and not torch.cuda.is_available():

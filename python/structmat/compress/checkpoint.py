@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..nn import BlockDiagonalLinear, LowRankLinear, MonarchLinear
+from ..nn import BlockDiagonalLinear, LowRankLinear, MonarchLinear, SparseLowRankLinear
 from .folder import entries, replacing
 from .layers import STRUCTURED, bias_of, is_linear, replace, weight_of
 from .report import CompressionReport, LayerReport, attach, attached
@@ -28,9 +28,9 @@ def save_pretrained(
 
     ``structmat.safetensors`` holds every tensor of the state, shared ones once, factors in
     descending energy; ``structmat.json`` the class of the model, per new layer its shapes,
-    rank, number of blocks, dtype, predicted error and the hash of the calibration data, the
-    reports of all compressions, and the names of the files written; ``config.json`` (and
-    ``generation_config.json``) come from transformers.
+    rank, number of blocks or density and family, dtype, predicted error and the hash of the
+    calibration data, the reports of all compressions, and the names of the files written;
+    ``config.json`` (and ``generation_config.json``) come from transformers.
 
     Everything is written into a folder beside the wanted one, which is then renamed: on failure
     nothing is left, and what was there before is untouched.
@@ -141,6 +141,9 @@ def load_pretrained(
 def _layer(stored: dict[str, Any]) -> nn.Module:
     """A layer of the shape stored, without numbers."""
     m, n, rank, blocks, bias = (stored[key] for key in ("m", "n", "rank", "n_blocks", "bias"))
+    if stored["density"] is not None:
+        density, family = stored["density"], stored["family"]
+        return SparseLowRankLinear(n, m, rank, density, family=family, bias=bias, device="meta")
     if blocks is None:
         return LowRankLinear(n, m, rank, bias, device="meta")
     if rank is None:
@@ -174,6 +177,8 @@ def _describe(model: nn.Module, shared: dict[str, str]) -> dict[str, Any]:
                 "n": module.in_features,
                 "rank": getattr(module, "rank", None),
                 "n_blocks": getattr(module, "n_blocks", None),
+                "density": getattr(module, "density", None),
+                "family": getattr(module, "family", None),
                 "bias": module.bias is not None,
                 "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
                 "predicted_error": layer.predicted_error if layer else None,
@@ -211,7 +216,8 @@ def _read(folder: Path) -> _Stored:
         return _Stored(
             model_class=str(stored["class"]),
             layers=[
-                {key: layer[key] for key in keys} | {"n_blocks": layer.get("n_blocks")}
+                {key: layer[key] for key in keys}
+                | {key: layer.get(key) for key in ("n_blocks", "density", "family")}
                 for layer in stored["layers"]
             ],
             shared=dict(stored["shared"]),

@@ -31,8 +31,10 @@ from .monarch import projected
 from .plan import Plan, allocate, counter, factored, make
 from .report import CompressionReport, LayerReport, attach
 from .sequential import fit_in_sequence, placing, stages_of
+from .sparse_low_rank import decomposed
 
-METHODS = ("svd", "fisher", "whitened", "monarch")
+METHODS = ("svd", "fisher", "whitened", "monarch", "sparse_low_rank")
+_STRUCTURES = ("monarch", "sparse_low_rank")  # of uniform ranks, with or without data
 RANKS = ("uniform", "global")
 
 
@@ -49,7 +51,7 @@ def compress(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CompressionReport:
-    """Replaces a model's linear layers by low-rank or Monarch ones, in place, without training.
+    """Replaces a model's linear layers by structured ones, in place, without training.
 
     Every chosen ``nn.Linear`` (and ``Conv1D`` of transformers) with weight ``W (m, n)`` becomes a
     :class:`structmat.nn.LowRankLinear` with ``W' = U V`` of rank ``r``, ``r (m + n)`` weights;
@@ -67,7 +69,14 @@ def compress(
     calibration data (to which 1 % of the mean input energy is added in every direction), or without
     data nearest to ``W``; see :func:`structmat.monarch.project`. ``N`` is the least count above one
     that divides m and n into blocks of multiples of 64, or else of 32, 16, 8 or 1; a layer whose
-    sizes have no common divisor stays dense. Call ``compress`` once a method, with a ``filter``, to
+    sizes have no common divisor stays dense.
+
+    ``method="sparse_low_rank"`` makes :class:`structmat.nn.SparseLowRankLinear`, ``W' = U V + S``
+    with a quarter of the kept weights in ``U`` and ``V`` and the rest in ``S``, whose places are
+    free: :func:`structmat.sparse_low_rank.decompose` under the same moments, or without data. The
+    places take 2 bytes a weight of ``S``, which ``keep`` does not count.
+
+    Call ``compress`` once a method, with a ``filter``, to
     mix structures in a model.
 
     ``ranks="uniform"`` gives each layer ``r = floor(keep m n / (m + n))``. ``ranks="global"``
@@ -79,15 +88,15 @@ def compress(
     Args:
         model: any module, on the CPU or CUDA, float64, float32, bfloat16 or float16.
         keep: kept fraction of the weights of the chosen layers, between 0 and 1.
-        method: ``"svd"``, ``"fisher"``, ``"whitened"`` or ``"monarch"``.
-        ranks: ``"uniform"`` or ``"global"``, which Monarch layers do not have.
+        method: ``"svd"``, ``"fisher"``, ``"whitened"``, ``"monarch"`` or ``"sparse_low_rank"``.
+        ranks: ``"uniform"`` or ``"global"``, which is for layers of low rank alone.
         sequential: then fit ``V`` anew, layer by layer in the order of the model, by regression of
             the layer's original outputs on the inputs it gets from the compressed layers before it.
             With ``whitened`` only.
         calibration: batches, or a function that returns them (called once a pass). A mapping is
             passed as keywords, a tuple or list as arguments, a tensor as the one argument; padding
-            is left out by ``attention_mask``. Not needed for ``svd`` with uniform ranks and
-            ``monarch``.
+            is left out by ``attention_mask``. Not needed for ``svd`` with uniform ranks,
+            ``monarch`` and ``sparse_low_rank``.
         objective: ``objective(output, batch) -> tensor``. For ``global`` ranks the part of the
             model's output that counts, by default ``logits`` or ``last_hidden_state``, else the
             first tensor; for ``fisher`` the loss, by default the output's own ``loss``. With both
@@ -149,6 +158,8 @@ def compress(
             stages = stages_of(model, some, data)
         if method == "monarch":
             plans = projected(model, targets, data, keep, tell)
+        elif method == "sparse_low_rank":
+            plans = decomposed(model, targets, data, keep, seed, tell)
         elif sequential and ranks == "uniform":  # the ranks are all it takes
             plans = [Plan(target, rank=uniform_rank(*target.shape, keep)) for target in targets]
         else:
@@ -265,14 +276,14 @@ def _check_options(
         raise ValueError(f"compress: method must be one of {', '.join(METHODS)}, got {method!r}")
     if ranks not in RANKS:
         raise ValueError(f"compress: ranks must be one of {', '.join(RANKS)}, got {ranks!r}")
-    if ranks == "global" and method == "monarch":
-        raise ValueError("compress: method='monarch' has ranks='uniform' only, got 'global'")
+    if ranks == "global" and method in _STRUCTURES:
+        raise ValueError(f"compress: method={method!r} has ranks='uniform' only, got 'global'")
     if sequential and method != "whitened":
         raise ValueError(f"compress: sequential goes with method='whitened', got {method!r}")
-    if calibration is None and (method not in ("svd", "monarch") or ranks == "global"):
+    if calibration is None and (method not in ("svd", *_STRUCTURES) or ranks == "global"):
         raise ValueError(
             f"compress: method={method!r} with ranks={ranks!r} needs calibration, batches for the "
-            "model; only method='svd' and method='monarch' with ranks='uniform' do without"
+            "model; only 'svd', 'monarch' and 'sparse_low_rank' with ranks='uniform' do without"
         )
 
 
@@ -337,7 +348,12 @@ def _report(plan: Plan) -> LayerReport:
     m, n = plan.target.shape
     rank = plan.rank
     N = plan.blocks
-    kind = "dense" if rank is None else "low_rank" if N is None else "monarch"
+    if rank is None:
+        kind, after = "dense", m * n
+    elif plan.nnz is not None:
+        kind, after = "sparse_low_rank", parameters(m, n, rank) + plan.nnz
+    else:
+        kind, after = "low_rank" if N is None else "monarch", parameters(m, n, rank * (N or 1))
     errors = [] if rank is None or plan.error is None else plan.error[: rank + 1].tolist()
     losses = [] if rank is None or plan.loss is None else plan.loss[: rank + 1].tolist()
     return LayerReport(
@@ -348,13 +364,14 @@ def _report(plan: Plan) -> LayerReport:
         n=n,
         rank=rank,
         params_before=m * n,
-        params_after=parameters(m, n, rank if rank is None else rank * (N or 1)),
+        params_after=after,
         predicted_error=errors[-1] if errors else 0.0,
         measured_error=plan.measured,
         sensitivity=None if plan.loss is None else float(plan.loss[0]),
         spectrum=[] if rank is None or plan.spectrum is None else plan.spectrum.tolist(),
-        errors=errors if N is None else [],
+        errors=errors if kind == "low_rank" else [],
         loss=losses,
         seconds=plan.seconds,
         n_blocks=N,
+        nnz=plan.nnz,
     )

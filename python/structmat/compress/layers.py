@@ -10,10 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..nn import BlockDiagonalLinear, LowRankLinear, MonarchLinear
+from ..nn import BlockDiagonalLinear, LowRankLinear, MonarchLinear, SparseLowRankLinear
 from .factor import Factors
 
-STRUCTURED = (LowRankLinear, MonarchLinear, BlockDiagonalLinear)
+STRUCTURED = (LowRankLinear, MonarchLinear, BlockDiagonalLinear, SparseLowRankLinear)
 Filter = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 

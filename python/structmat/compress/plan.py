@@ -29,6 +29,7 @@ class Plan:
     loss: Tensor | None = None  # predicted change of the model's output at rank 0, 1, ...
     rank: int | None = None
     blocks: int | None = None  # of a Monarch layer, N of N x N
+    nnz: int | None = None  # of a sparse plus low-rank layer
     measured: float | None = None
     seconds: float = 0.0
     places: dict[str, nn.Module] = field(default_factory=dict)

@@ -14,7 +14,8 @@ class LayerReport:
     Attributes:
         name: where it is in the model.
         places: every name it has: more than one where layers are tied, which share one report.
-        kind: ``"low_rank"``, ``"monarch"``, or ``"dense"`` where it was left as it is.
+        kind: ``"low_rank"``, ``"monarch"``, ``"sparse_low_rank"``, or ``"dense"`` where it was left
+            as it is.
         m, n: output and input features.
         rank: of the new weight, of each block of a Monarch layer; ``None`` for a dense layer.
         params_before, params_after: weights, biases not counted.
@@ -30,6 +31,7 @@ class LayerReport:
         loss: predicted loss at rank ``0, 1, ..., rank`` of a ``global`` allocation, else empty.
         seconds: spent on its factors.
         n_blocks: ``N`` of the ``N x N`` blocks of a Monarch layer, else ``None``.
+        nnz: the entries of ``S`` in a sparse plus low-rank layer, else ``None``.
 
     Example:
         >>> import torch, structmat as sm
@@ -55,12 +57,16 @@ class LayerReport:
     loss: list[float] = field(default_factory=list, repr=False)
     seconds: float = 0.0
     n_blocks: int | None = None
+    nnz: int | None = None
 
     @property
     def size(self) -> str:
-        """The rank for tables: ``"dense"``, ``"25"``, or ``"4 x 6"`` for 4 blocks of rank 6."""
+        """The rank for tables: ``"dense"``, ``"25"``, ``"4 x 6"`` for 4 blocks of rank 6, or
+        ``"25 + 9.5%"`` for rank 25 and a sparse part of that density."""
         if self.rank is None:
             return "dense"
+        if self.nnz is not None:
+            return f"{self.rank} + {self.nnz / (self.m * self.n):.1%}"
         return str(self.rank) if self.n_blocks is None else f"{self.n_blocks} x {self.rank}"
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from .allocate import global_ranks, largest_rank, parameters, uniform_rank
 from .report import CompressionReport
 
+_FIXED = {"monarch": "Monarch", "sparse_low_rank": "sparse plus low-rank"}
+
 
 def shrink(
     layers: list[dict[str, Any]],
@@ -37,10 +39,11 @@ def shrink(
     smaller = []
     for report in reports:
         if keep < report.keep:
-            if any(layer.n_blocks is not None for layer in report.layers):
+            fixed = next((_FIXED[x.kind] for x in report.layers if x.kind in _FIXED), None)
+            if fixed is not None:
                 raise ValueError(
-                    "load_pretrained: Monarch layers have no leading part: the model can be loaded "
-                    f"with keep={report.keep} or without, got {keep}"
+                    f"load_pretrained: {fixed} layers have no leading part: the model can be "
+                    f"loaded with keep={report.keep} or without, got {keep}"
                 )
             found = _ranks(report, keep)
             report = _shortened(report, keep, found)

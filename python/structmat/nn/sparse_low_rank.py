@@ -2,7 +2,7 @@
 """``y = x (U V + S)^T + b``: a linear layer with a weight of low rank plus a sparse one."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from .blocks import check_dtype, check_sizes
 from .convert import dense_like, finite_weight
 from .product import product
 from .reselection import Reselection
+
+if TYPE_CHECKING:
+    from ..sparse_low_rank import SparseLowRank
 
 _INITS = ("sltrain", "lost")
 
@@ -152,8 +155,8 @@ class SparseLowRankLinear(nn.Module):
         ``"sltrain"``: ``V`` and ``values`` by ``U(-1/sqrt(n), 1/sqrt(n))``, ``U`` zero, so that
         training begins from the sparse matrix alone. The support stays.
 
-        ``"lost"``: a matrix by ``N(0, 1/n)``, split as by :meth:`from_linear`: ``U V`` is the head
-        of its SVD, and ``S`` the part of the residual that has the largest norm, with the published
+        ``"lost"``: a matrix by ``N(0, 1/n)``, split in one step: ``U V`` is the head of its SVD,
+        and ``S`` the part of the residual that has the largest norm, with the published
         ``family="columns"`` its largest columns. The support changes with it. Costs one truncated
         SVD and the dense matrix while it runs.
         """
@@ -198,33 +201,50 @@ class SparseLowRankLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, rank: int, density: float, *, family: str = "uniform"
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        density: float,
+        *,
+        family: str = "uniform",
+        inputs: Tensor | None = None,
     ) -> "SparseLowRankLinear":
         """A layer near a given ``nn.Linear``, of its dtype and device.
 
-        ``U V`` is the truncated SVD of ``W``, ``S`` the part of the residual with the largest norm
-        that the family and the density allow.
+        Its weight is that of :func:`structmat.sparse_low_rank.decompose`, which tells what it
+        minimises and costs.
 
         Args:
             linear: the dense layer, left as it is.
             rank, density, family: as those of the constructor.
+            inputs: second moments of the layer's inputs, ``E[x x^T] (n, n)`` or its diagonal
+                ``(n,)``: minimises the expected error of the output instead of the weight's.
 
         Raises:
             TypeError: ``linear`` is no ``nn.Linear``, or ``rank`` no integer.
-            ValueError: bad rank, density or family, NaN or Inf in the weight.
+            ValueError: bad rank, density, family or inputs, NaN or Inf in the weight.
+            torch.linalg.LinAlgError: NaN or Inf in inputs.
         """
+        from ..sparse_low_rank import decompose
+
         op = "SparseLowRankLinear.from_linear"
         W = finite_weight(op, linear)
         _check_rank(op, rank, *W.shape)
-        U, V, pattern, values = _decompose(W, rank, density, family)
-        layer = cls(W.shape[1], W.shape[0], rank, density, family=family, bias=False, device="meta")
-        layer.U = nn.Parameter(U.to(W, copy=True).contiguous())
-        layer.V = nn.Parameter(V.to(W, copy=True).contiguous())
-        layer.values = nn.Parameter(values.to(W))
-        layer._take(pattern)
+        layer = cls._of(decompose(W, rank, density, family=family, inputs=inputs), density)
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach().clone())
         return layer.train(linear.training)
+
+    @classmethod
+    def _of(cls, found: "SparseLowRank", density: float) -> "SparseLowRankLinear":
+        """A layer, without bias, that takes these very tensors."""
+        m, n = found.pattern.shape
+        family = found.pattern.family
+        layer = cls(n, m, found.U.shape[1], density, family=family, bias=False, device="meta")
+        layer.U, layer.V = nn.Parameter(found.U), nn.Parameter(found.V)
+        layer.values = nn.Parameter(found.values)
+        layer._take(found.pattern)
+        return layer
 
     def to_linear(self) -> nn.Linear:
         """The dense layer with ``W = U V + S``, of the same dtype and device."""

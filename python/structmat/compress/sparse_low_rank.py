@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse plus low-rank layers for a model: sizes, and decompositions weighted by the inputs."""
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import SparseLowRankLinear
+from ..sparse_low_rank import decompose
+from .calibrate import Calibration, Progress, moments
+from .layers import Target, bias_of
+from .plan import Plan, counter, groups
+
+_LOW_RANK = 0.25  # of the kept weights
+_RIDGE = 1e-2  # of the mean input energy: directions without data stay as they were
+
+
+class Shape(NamedTuple):
+    rank: int
+    nnz: int
+
+
+def sparse_low_rank_shape(m: int, n: int, keep: float) -> Shape:
+    """``rank (m + n) + nnz = floor(keep m n)`` weights, at most a quarter of them of low rank."""
+    budget = int(keep * m * n * (1 + 1e-12))
+    rank = int(_LOW_RANK * budget / (m + n))
+    return Shape(rank, budget - rank * (m + n))
+
+
+def decomposed(
+    model: nn.Module,
+    targets: list[Target],
+    data: Calibration | None,
+    keep: float,
+    seed: int,
+    tell: Progress,
+) -> list[Plan]:
+    """The nearest sparse plus low-rank layers, in the weight or, with data, in the output."""
+    plans = [Plan(target) for target in targets]
+    for plan in plans:
+        plan.rank, plan.nnz = sparse_low_rank_shape(*plan.target.shape, keep)
+    done = 0
+    for group in groups(model, plans, on_inputs=True):
+        moment: dict[Target, Tensor] = {}
+        if data is not None:
+            step = counter("calibrate", data.batches, tell)
+            moment = moments(model, [plan.target for plan in group], data, step, on_inputs=True)
+        for plan in group:
+            begun = time.perf_counter()
+            _decompose(plan, moment.pop(plan.target, None), seed)
+            plan.seconds = time.perf_counter() - begun
+            done += 1
+            tell("factor", done, len(plans))
+    return plans
+
+
+def _decompose(plan: Plan, moment: Tensor | None, seed: int) -> None:
+    target, rank, nnz = plan.target, plan.rank, plan.nnz
+    assert rank is not None
+    assert nnz is not None
+    (m, n), W = target.shape, target.weight
+    density = nnz / (m * n)
+    damped = None
+    if moment is not None:
+        ridge = _RIDGE * moment.diagonal().mean()
+        damped = moment + ridge * torch.eye(n, dtype=moment.dtype, device=moment.device)
+    found = decompose(W, rank, density, inputs=damped, seed=seed)
+    error = found.error
+    if moment is not None:
+        S = found.pattern.scatter(found.values).double()
+        E = W.double() - found.U.double() @ found.V.double() - S
+        lost, whole = ((A @ moment * A).sum().clamp_min(0) for A in (E, W.double()))
+        error = float((lost / whole).sqrt()) if float(whole) > 0 else 0.0
+    plan.error = torch.tensor([error], dtype=torch.float64)
+    made: dict[nn.Module, SparseLowRankLinear] = {}
+    first: SparseLowRankLinear | None = None
+    for module in target.modules:  # tied layers share their parts, as those of low rank do
+        layer = SparseLowRankLinear._of(found, density)
+        first = first or layer
+        layer.U, layer.V, layer.values = first.U, first.V, first.values
+        layer.bias = bias_of(module)
+        made[module] = layer
+    plan.places = {name: made[module] for name, module in target.places.items()}
