@@ -103,7 +103,7 @@ def test_reselection_carries_values_and_moments(family: str) -> None:
         return [layer.pattern.scatter(a) for a in held]
 
     before, old = dense(), layer.pattern.to_mask()
-    scores = torch.rand(33, 40) + 0.5 * old
+    scores = torch.rand(33, 40) + 0.05 * old
     moved = layer.reselect(scores)
     moved.carry_optimizer_state(optimizer)
     new = layer.pattern.to_mask()
@@ -131,6 +131,11 @@ def test_compile_and_export() -> None:
     for a, b in zip(torch.autograd.grad(compiled(x).square().sum(), leaves), want, strict=True):
         assert torch.equal(a, b)
     layer.reselect(torch.rand(18, 20))
+    layer.columns = layer.columns.clone()  # as if moved
+    t = x.clone().requires_grad_()
+    want = torch.autograd.grad(layer(t).sum(), t)
+    layer.columns = layer.columns.clone()
+    assert torch.equal(torch.autograd.grad(compiled(t).sum(), t)[0], want[0])
     torch.testing.assert_close(compiled(x), layer(x))
     exported = torch.export.export(layer, (x,)).module()
     torch.testing.assert_close(exported(x), layer(x))

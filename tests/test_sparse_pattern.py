@@ -136,45 +136,38 @@ def test_safetensors(tmp_path) -> None:
     assert random(5, 5, 0.5).state_dict()["drawn"].nbytes == 56
 
 
-def spoiled(name: str, change) -> dict[str, torch.Tensor]:
-    family = "block16" if name == "block" else "uniform"
-    state = random(17, 40, 0.3, family=family).state_dict(indices=name != "drawn")
-    state = {key: tensor.clone() for key, tensor in state.items()}
-    return change(state) or state
+def written(name: str, where, value: int):
+    def change(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensor = state[name]
+        (tensor.view(torch.int16) if name == "columns" else tensor)[where] = value
+        return state
+
+    return change
 
 
 STATES = [
-    ("is not the saved one", "drawn", lambda s: s["drawn"][4].add_(1) and None),
+    ("is not the saved one", "drawn", written("drawn", 4, 7)),
     ("7 numbers", "drawn", lambda s: {"drawn": s["drawn"][:6]}),
-    ("there is no family 9", "index", lambda s: s["shape"][2].fill_(9) and None),
+    ("there is no family 9", "index", written("shape", 2, 9)),
     ("columns missing", "index", lambda s: {k: s[k] for k in ("shape", "starts")}),
-    ("starts must ascend", "index", lambda s: s["starts"][3].fill_(9999) and None),
+    ("starts must ascend", "index", written("starts", 3, 9999)),
     ("starts must ascend", "index", lambda s: s | {"columns": s["columns"][:-1]}),
-    (
-        "out of range for 40",
-        "index",
-        lambda s: s["columns"].view(torch.int16)[9].fill_(50) and None,
-    ),
-    ("given twice", "index", lambda s: s["columns"].view(torch.int16)[:40].zero_() and None),
+    ("out of range for 40", "index", written("columns", -1, 50)),
+    ("given twice", "index", written("columns", slice(40), 0)),
     ("must ascend", "index", lambda s: s | {"columns": torch.stack(s["columns"].unbind()[::-1])}),
-    (r"wanted \(19,\)", "index", lambda s: s["shape"][0].fill_(18) and None),
+    (r"wanted \(19,\)", "index", written("shape", 0, 18)),
     ("columns torch.int64", "index", lambda s: s | {"columns": s["columns"].long()}),
-    (
-        "a block lacks columns",
-        "block",
-        lambda s: s["columns"].view(torch.int16)[0].fill_(1) and None,
-    ),
+    ("a block lacks columns", "block", written("columns", 0, 1)),
 ]
 
 
 @pytest.mark.parametrize(("message", "name", "change"), STATES, ids=[s[0] for s in STATES])
 def test_spoiled_states_are_refused(message: str, name: str, change) -> None:
-    def changed(state):
-        found = change(state)
-        return found if isinstance(found, dict) else None
-
+    family = "block16" if name == "block" else "uniform"
+    state = random(17, 40, 0.3, family=family).state_dict(indices=name != "drawn")
+    state = {key: tensor.clone() for key, tensor in state.items()}
     with pytest.raises((ValueError, TypeError), match=message):
-        sm.SparsePattern.from_state_dict(spoiled(name, changed))
+        sm.SparsePattern.from_state_dict(change(state))
 
 
 def csr(crow: list[int], columns: list[int], shape=(2, 4), dtype=torch.int64):

@@ -211,6 +211,11 @@ void lanes_product(const LaneWeights<S, T, kPairs>& f, std::int64_t b, const S* 
     S *line[kLaneRows], *to[kLaneRows];
     for (int r = 0; r < count; ++r) line[r] = place(r0 + r);
     ahead.fetch(parts);
+    // The rows after these, or the next block's first, where a row's words lie together.
+    if (all.step == sizeof(S))
+      for (std::int64_t r = r0 + count; r < r0 + 2 * count; ++r)
+        for (std::int64_t at = 0; at < f.words() * all.step; at += 64)
+          __builtin_prefetch(all.data + r * all.row + at);
     const Words words{all.data + r0 * all.row, all.row, all.step};
     for (std::int64_t g = 0; g < groups; ++g) {
       const std::int64_t v0 = vecs * g / groups;

@@ -32,8 +32,14 @@ SparsePatternView pattern_view(const char* op, const Tensor& like, const Tensor&
   const std::int64_t wanted = view.groups() * view.slabs() + 1;
   STD_TORCH_CHECK(starts.numel() == wanted, op, ": starts has ", starts.numel(),
                   " elements, wanted ", wanted, " for a pattern of ", rows, " x ", cols);
-  STD_TORCH_CHECK(columns.numel() <= nnz && nnz <= columns.numel() * group, op, ": ", nnz,
-                  " values do not fit ", columns.numel(), " columns in groups of ", group, " rows");
+  // The last group has fewer rows where `group` does not divide them: nnz tells its columns.
+  const std::int64_t count = columns.numel(), last = rows % group, short_by = count * group - nnz;
+  const bool fits = last == 0 ? short_by == 0
+                              : short_by >= 0 && short_by % (group - last) == 0 &&
+                                    short_by / (group - last) <= (rows < group ? count : cols) &&
+                                    (rows >= group || short_by / (group - last) == count);
+  STD_TORCH_CHECK(fits, op, ": ", nnz, " values do not fit ", count, " columns in groups of ",
+                  group, " rows");
   return view;
 }
 

@@ -88,7 +88,8 @@ struct SampledProduct {
     if (x.rows == 0) std::fill_n(totals, pattern.nnz, S{0});
     // Threads share out the rows, and each transposes x for itself: a panel that another thread
     // wrote took 1.4 of the time, and parts of columns would meet in the cache lines of the values.
-    const std::int64_t step = ceil_div(ceil_div(pattern.rows, thread_count(context)), 16) * 16;
+    const std::int64_t threads = threads_for(context, x.rows * (pattern.nnz + pattern.cols)),
+                       step = ceil_div(ceil_div(pattern.rows, threads), 16) * 16;
     parallel_for(context, ceil_div(pattern.rows, step), [&](std::int64_t part) {
       for (std::int64_t s = 0; s < pattern.slabs(); ++s)
         slab(s, part * step, std::min(pattern.rows, (part + 1) * step), totals);

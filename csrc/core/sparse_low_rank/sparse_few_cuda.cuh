@@ -171,7 +171,7 @@ void multiply_few(const Context& context, const SparseProduct& p, bool keep_sums
   FewArgs args;
   args.sparse = p, args.keep_sums = keep_sums, args.sparse_rows = phase.row_blocks;
   args.hidden = {};
-  if (v.data != nullptr) {
+  if (v.rows > 0) {  // without columns it has no data, but h is zero, not nothing
     low_rank::DecodeArgs& h = args.hidden;
     h.weight = v.data, h.weight_stride = v.row_stride, h.rows = v.rows, h.cols = v.cols;
     h.in = p.x.data, h.in_stride = p.x.row_stride, h.tokens = tokens, h.out = parts;

@@ -15,16 +15,16 @@ void check_pattern(const char* op, const SparsePatternView& pattern) {
   const std::string prefix = std::string(op) + ": the pattern ";
   STRUCTMAT_CHECK(pattern.rows >= 0 && pattern.cols >= 0 && pattern.group >= 1,
                   prefix + "has a negative size or no rows in a group");
-  STRUCTMAT_CHECK(
-      pattern.nnz >= 0 && pattern.nnz < (std::int64_t{1} << 31),
-      prefix + "has " + std::to_string(pattern.nnz) + " entries, at most 2^31 - 1 work");
+  STRUCTMAT_CHECK(pattern.nnz >= 0 && pattern.nnz <= sparse_most_entries,
+                  prefix + "has " + std::to_string(pattern.nnz) + " entries, at most " +
+                      std::to_string(sparse_most_entries) + " work");
 }
 
 // Shapes of the parts of W (m, n).
 void check_weights(const char* op, const Checker& check, const SparseLowRankWeights& weights) {
   check_pattern(op, weights.pattern);
   const std::int64_t m = weights.pattern.rows, n = weights.pattern.cols, r = weights.u.cols;
-  if (has(weights.u) || has(weights.v)) {
+  if (r > 0 || has(weights.u) || has(weights.v)) {
     check.matrix("U", weights.u, m, r);
     check.matrix("V", weights.v, r, n);
   }
@@ -86,6 +86,11 @@ void sparse_low_rank_linear_backward(const Context& context, ConstMatrixView dy,
     STRUCTMAT_CHECK(transpose.pattern.rows == n && transpose.pattern.cols == m &&
                         transpose.pattern.nnz == weights.pattern.nnz,
                     std::string(op) + ": the transposed pattern is of another matrix");
+    STRUCTMAT_CHECK(transpose.pattern.group == 1 &&
+                        (transpose.permutation != nullptr || weights.pattern.nnz == 0),
+                    std::string(op) +
+                        ": the transposed pattern needs rows in groups of 1, and a "
+                        "permutation");
   }
   if (grads.u.data != nullptr) {
     check.matrix("hidden", hidden, tokens, r);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -29,7 +30,8 @@ Drawn draw(std::int64_t g, std::int64_t begin, std::int64_t end, std::uint64_t s
            std::uint64_t low, std::uint64_t high) {
   Drawn drawn;
   for (std::int64_t i = begin; i < end; i += 2) {  // a block begins with an even number
-    const Philox words = random_words(g, i / 2, seed, subset_stream);
+    const std::int64_t pair = i / 2;  // its upper half beside the group, whose own has no use
+    const Philox words = random_words(g | (pair >> 32) << 32, pair, seed, subset_stream);
     for (std::int64_t q = 0; q < 2 && i + q < end; ++q) {
       const std::uint64_t key = std::uint64_t{words.word[2 * q]} << 32 | words.word[2 * q + 1];
       if (key < low)
@@ -83,6 +85,33 @@ void subset_of_group(const Context& context, std::int64_t g, std::int64_t count,
   }
 }
 
+// What sparse_transpose relies on. The operators cannot afford to look.
+void check_contents(const SparsePatternView& pattern) {
+  constexpr const char* op = "sparse_transpose: ";
+  STRUCTMAT_CHECK(pattern.rows >= 0 && pattern.cols >= 0 && pattern.group >= 1 &&
+                      pattern.nnz >= 0 && pattern.nnz <= sparse_most_entries,
+                  std::string(op) + "the pattern has a negative size, no rows in a group or " +
+                      "too many entries");
+  const std::int64_t slabs = pattern.slabs();
+  bool fine = pattern.starts[0] == 0;
+  std::int64_t entries = 0;
+  for (std::int64_t g = 0; fine && g < pattern.groups(); ++g) {
+    const std::int64_t rows = std::min(pattern.group, pattern.rows - g * pattern.group);
+    for (std::int64_t s = 0; fine && s < slabs; ++s) {
+      const std::int64_t begin = pattern.starts[g * slabs + s],
+                         end = pattern.starts[g * slabs + s + 1];
+      const std::int64_t width =
+          std::min(sparse_slab_columns, pattern.cols - s * sparse_slab_columns);
+      fine = begin <= end && (entries += rows * (end - begin)) <= pattern.nnz;
+      for (std::int64_t e = begin; fine && e < end; ++e) fine = pattern.columns[e] < width;
+    }
+  }
+  STRUCTMAT_CHECK(fine && entries == pattern.nnz,
+                  std::string(op) + "starts and columns are no pattern of " +
+                      std::to_string(pattern.nnz) + " entries in " + std::to_string(pattern.rows) +
+                      " x " + std::to_string(pattern.cols));
+}
+
 }  // namespace
 
 void random_subsets(const Context& context, std::int64_t groups, std::int64_t count,
@@ -90,6 +119,8 @@ void random_subsets(const Context& context, std::int64_t groups, std::int64_t co
   STRUCTMAT_CHECK(groups >= 0 && count >= 0 && per_group >= 0 && per_group <= count,
                   "random_subsets: " + std::to_string(per_group) + " of " + std::to_string(count) +
                       " numbers wanted");
+  STRUCTMAT_CHECK(groups <= std::int64_t{1} << 32,
+                  "random_subsets: " + std::to_string(groups) + " groups, at most 2^32 work");
   if (count > kBlock) {
     for (std::int64_t g = 0; g < groups; ++g)
       subset_of_group(context, g, count, per_group, seed, indices + g * per_group);
@@ -106,6 +137,7 @@ void sparse_transpose(const Context&, const SparsePatternView& pattern, std::int
                       std::uint16_t* columns, std::int32_t* permutation) {
   const std::int64_t slabs = pattern.slabs(), groups = pattern.groups(), group = pattern.group;
   const std::int64_t row_slabs = (pattern.rows + sparse_slab_columns - 1) / sparse_slab_columns;
+  check_contents(pattern);
   // Counted by (column, slab of the row), then filled row by row, so that rows ascend.
   std::vector<std::int64_t> next(static_cast<std::size_t>(pattern.cols * row_slabs + 1), 0);
   const auto walk = [&](auto&& visit) {

@@ -239,10 +239,13 @@ struct SparseProduct {
     if (x.rows <= kFewTokens && !transposed && !right.transposed)
       return few_tokens(context, x, y, hidden_out);
     static thread_local Scratch memory;
-    const std::int64_t threads = thread_count(context), k = column_count();
+    const std::int64_t k = column_count(), dense = r * (m + n) + (base.data != nullptr ? m * n : 0),
+                       threads = threads_for(context, x.rows * (sparse.pattern.nnz + dense + n));
+    Context lent = context;
+    lent.threads = static_cast<int>(threads);
     const TokenTiles<S> tiles(x.rows, panel_vecs(std::min(n, sparse_slab_columns)));
     if (tiles.count % threads == 0 || tiles.count >= 4 * threads) {
-      parallel_for(context, tiles.count, [&](std::int64_t i) {
+      parallel_for(lent, tiles.count, [&](std::int64_t i) {
         static thread_local Scratch own;
         const Tile t = tile(tiles[i], 1, own);
         load(t, x, 0);
@@ -256,13 +259,13 @@ struct SparseProduct {
     const auto in_parts = [&](std::int64_t size, std::int64_t unit, std::int64_t most,
                               auto&& body) {
       const std::int64_t step = std::min(most, (size / threads / unit + 1) * unit);
-      parallel_for(context, ceil_div(size, step), [&](std::int64_t part) {
+      parallel_for(lent, ceil_div(size, step), [&](std::int64_t part) {
         body(part * step, std::min(size, (part + 1) * step));
       });
     };
     for (std::int64_t i = 0; i < tiles.count; ++i) {
       const Tile t = tile(tiles[i], threads, memory);
-      parallel_for(context, threads, [&](std::int64_t part) { load(t, x, part); });
+      parallel_for(lent, threads, [&](std::int64_t part) { load(t, x, part); });
       in_parts(r, kMicroRows, r + kMicroRows,
                [&](std::int64_t k0, std::int64_t k1) { hidden(t, x, k0, k1, hidden_out); });
       in_parts(k, kMicroRows, k + kMicroRows,

@@ -227,14 +227,16 @@ struct SparseMatrix {
       const std::int64_t g = i / pattern.group, end = std::min(i1, (g + 1) * pattern.group);
       const Group of = group(g);
       const T* const from = of.values + (i - g * pattern.group) * of.k;
-      if (end - i > 1) {  // rows that share columns: dense products with a copy of these
+      // Rows that share columns: dense products with a copy of these, also where a task has only
+      // one of them, for the order of sums may not depend on how rows are shared out.
+      if (std::min(pattern.group, pattern.rows - g * pattern.group) > 1) {
         S* const gathered = memory.get<S>(tokens * (of.k + i1 - i0));
         S* const more = gathered + tokens * of.k;
         for_slabs(g, [&](std::int64_t s, std::int64_t begin, std::int64_t stop) {
           for (std::int64_t t = 0; t < tokens; ++t) {
             const S* const in = x + t * x_stride + s * sparse_slab_columns;
-            S* const to = gathered + t * of.k - of.first;
-            for (std::int64_t e = begin; e < stop; ++e) to[e] = in[pattern.columns[e]];
+            S* const to = gathered + t * of.k;
+            for (std::int64_t e = begin; e < stop; ++e) to[e - of.first] = in[pattern.columns[e]];
           }
         });
         few_rows_range<S, T, S>(tokens, of.k, gathered, of.k, from, of.k, nullptr, more, end - i, 0,

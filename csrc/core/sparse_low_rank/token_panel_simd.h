@@ -46,6 +46,11 @@ struct TokenTiles {
   }
 };
 
+// 2^18 multiply-adds take a core 3 us, as much as another thread costs.
+inline std::int64_t threads_for(const Context& context, std::int64_t multiply_adds) {
+  return multiply_adds < (1 << 18) ? 1 : thread_count(context);
+}
+
 // A panel of 64 tokens (32 doubles), or half of that where 4 bytes of so many columns would not
 // leave the level-2 cache, of 1 MB or more, room for anything else.
 inline std::int64_t panel_vecs(std::int64_t columns) {

@@ -22,9 +22,10 @@ struct SparseLowRankWeights {
 };
 
 // x (T, n), bias (m,) or none, y (T, m), of the dtype of the weights. Sums are kept in fp32 (fp64
-// for f64) and rounded once; on a GPU h is rounded to that dtype before U takes it, as in
-// low_rank_linear. `hidden`, if given, receives h = x V^T (T, r). A token with a number that is not
-// finite gives NaN in every output, as the zeros of a dense W would.
+// for f64) and rounded once. On a GPU 16-bit types round h = x V^T as well before U takes it, as in
+// low_rank_linear, but for up to 32 tokens without `hidden`; from 1024 tokens on W itself may be
+// formed and rounded instead. `hidden`, if given, receives h (T, r). A token with a number that is
+// not finite gives NaN in every output, as the zeros of a dense W would.
 STRUCTMAT_API void sparse_low_rank_linear(const Context& context, ConstMatrixView x,
                                           const SparseLowRankWeights& weights, ConstVectorView bias,
                                           MatrixView y, MatrixView hidden = {});

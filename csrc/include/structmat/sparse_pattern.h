@@ -13,6 +13,9 @@ namespace structmat {
 // The columns of a pattern are cut into slabs of this width, so that a position takes 16 bits.
 constexpr std::int64_t sparse_slab_columns = 4096;
 
+// Entries of a pattern at most: below 2^31 by what a warp may count beyond a row.
+constexpr std::int64_t sparse_most_entries = (std::int64_t{1} << 31) - 64;
+
 // The support of an m x n matrix. `group` rows in a row (the last group may have fewer) have the
 // same columns: 1 for any support, 16 for vectors and blocks, m where every row is alike.
 //
@@ -25,7 +28,7 @@ struct SparsePatternView {
   std::int64_t rows = 0;
   std::int64_t cols = 0;
   std::int64_t group = 1;
-  std::int64_t nnz = 0;                    // < 2^31
+  std::int64_t nnz = 0;                    // <= sparse_most_entries
   const std::int64_t* starts = nullptr;    // (groups slabs + 1)
   const std::uint16_t* columns = nullptr;  // (starts[groups slabs])
 
@@ -42,14 +45,14 @@ struct SparseTransposeView {
 
 // `per_group` of the numbers 0 .. count - 1 for each of `groups` groups, each subset equally
 // likely, ascending: indices (groups, per_group). The numbers of group g with the smallest
-// (key, number), where the 64-bit key depends on (seed, g, number) alone.
+// (key, number), where the 64-bit key depends on (seed, g, number) alone. groups <= 2^32.
 STRUCTMAT_API void random_subsets(const Context& context, std::int64_t groups, std::int64_t count,
                                   std::int64_t per_group, std::uint64_t seed,
                                   std::int64_t* indices);
 
 // Fills the transpose of `pattern`, host memory on both sides: starts of
 // (cols slabs + 1) with slabs = ceil(rows / sparse_slab_columns), columns and permutation of nnz;
-// its group is 1.
+// its group is 1. Refuses a pattern whose starts or columns are none.
 STRUCTMAT_API void sparse_transpose(const Context& context, const SparsePatternView& pattern,
                                     std::int64_t* starts, std::uint16_t* columns,
                                     std::int32_t* permutation);

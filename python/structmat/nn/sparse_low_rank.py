@@ -136,17 +136,18 @@ class SparseLowRankLinear(nn.Module):
                     *shape, self.density, family=self.family, seed=seed, device=self.columns.device
                 )
             )
-        else:  # the layer has moved
-            self._pattern = SparsePattern._of(
-                (self.out_features, self.in_features),
-                self.family,
-                self.starts,
-                self.columns.view(torch.uint16),
-                self._pattern.nnz,
-                self._pattern.seed,
-            )
-            self._taken = self.columns
-        return self._pattern
+            return self._pattern
+        moved = SparsePattern._of(
+            (self.out_features, self.in_features),
+            self.family,
+            self.starts,
+            self.columns.view(torch.uint16),
+            self._pattern.nnz,
+            self._pattern.seed,
+        )
+        if not torch.compiler.is_exporting():  # with stand-ins for the buffers
+            self._pattern, self._taken = moved, self.columns
+        return moved
 
     def reset_parameters(self) -> None:
         """Draws the parameters, as ``init`` says; the bias is zero.

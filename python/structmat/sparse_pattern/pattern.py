@@ -45,7 +45,7 @@ class SparsePattern:
 
     Attributes:
         shape: ``(m, n)``.
-        nnz: the number of entries, below 2^31.
+        nnz: the number of entries, at most 2^31 - 64.
         family: one of the four.
         density: ``nnz / (m n)``, 0 for an empty matrix.
         seed: that of :meth:`random`, else ``None``.
@@ -95,8 +95,8 @@ class SparsePattern:
         nnz: int,
         seed: int | None = None,
     ) -> "SparsePattern":
-        if nnz >= 2**31:
-            raise ValueError(f"SparsePattern: {nnz} entries, at most 2^31 - 1 work")
+        if nnz > 2**31 - 64:
+            raise ValueError(f"SparsePattern: {nnz} entries, at most 2^31 - 64 work")
         made = object.__new__(cls)
         made.shape, made.family, made.nnz, made.seed = shape, family, nnz, seed
         made.group = rows_in_group(family, shape[0])
@@ -131,8 +131,8 @@ class SparsePattern:
 
         Raises:
             TypeError: a size or the seed is no integer.
-            ValueError: a negative size, an unknown family, a density or seed out of range, or 2^31
-                entries or more.
+            ValueError: a negative size, an unknown family, a density or seed out of range, or more
+                than 2^31 - 64 entries.
 
         Cost: a 64-bit number for every place, of which the smallest are taken: 16 bytes of memory
         for each of the ``m n`` places of ``uniform`` while it runs.
@@ -272,9 +272,9 @@ class SparsePattern:
 
         Example:
             >>> import torch, structmat as sm
-            >>> sparse = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).to_sparse_csr()
-            >>> pattern = sm.SparsePattern.from_csr(sparse)
-            >>> pattern.to_csr(sparse.values()).to_dense()
+            >>> crow, columns = torch.tensor([0, 1, 3]), torch.tensor([1, 0, 1])
+            >>> pattern = sm.SparsePattern.from_csr(crow, columns, (2, 2))
+            >>> pattern.scatter(torch.tensor([1.0, 2.0, 3.0]))
             tensor([[0., 1.],
                     [2., 3.]])
         """
@@ -541,6 +541,14 @@ class SparsePattern:
                 the one that was saved.
         """
         return state.load(cls, given, device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        columns = self.columns.view(torch.uint8)  # pickle knows no uint16 of torch's
+        return self.__dict__ | {"columns": columns, "_transposed": None}
+
+    def __setstate__(self, given: dict[str, Any]) -> None:
+        self.__dict__.update(given)
+        self.columns = given["columns"].view(torch.uint16)
 
     def __eq__(self, other: object) -> bool:
         """Whether shape, family and support are the same, on any devices."""
