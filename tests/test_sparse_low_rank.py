@@ -321,6 +321,8 @@ def test_bad_arguments_of_the_others() -> None:
         sm.ops.sampled_matmul(x, x, PATTERN)
     with pytest.raises(TypeError, match=r"sampled_matmul: x is torch\.float64"):
         sm.ops.sampled_matmul(dy, x.double(), PATTERN)
+    with pytest.raises(ValueError, match="sampled_matmul: x is on meta"):
+        sm.ops.sampled_matmul(dy, x.to("meta"), PATTERN)
     with pytest.raises(ValueError, match=r"sparse_linear: values is \(3,\)"):
         sm.ops.sparse_linear(x, PATTERN, torch.ones(3))
     op, index = torch.ops.structmat.sparse_low_rank_linear, (PATTERN.starts, PATTERN.columns)

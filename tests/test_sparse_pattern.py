@@ -66,8 +66,7 @@ def test_torch_csr() -> None:
     assert sm.SparsePattern.from_csr(sparse) == pattern
 
 
-def test_drawn_numbers_stay_what_they_are() -> None:
-    """Checkpoints hold seeds. Every draw is in the same place on every machine and version."""
+def test_a_draw_depends_on_seed_and_places_alone() -> None:
     columns = sm.SparsePattern.random(2, 12, 0.25, family="columns", seed=7).coordinates()[2][:3]
     again = sm.SparsePattern.random(9, 12, 0.25, family="columns", seed=7).coordinates()[2][:3]
     assert torch.equal(columns, again)

@@ -322,6 +322,12 @@ def _check_pattern(op: str, name: str, tensor: Tensor, pattern: Any) -> None:
         raise ValueError(f"{op}: the pattern is on {pattern.device}, {name} on {tensor.device}")
 
 
+def _check_devices(op: str, *tensors: Tensor | None) -> None:
+    """For the fakes, which are called as soon as one of the tensors is on the meta device."""
+    if len({a.device for a in tensors if a is not None}) > 1:
+        raise RuntimeError(f"{op}: the tensors are on different devices")
+
+
 def _rows(a: Tensor) -> Tensor:
     return torch.atleast_2d(a).flatten(0, -2)
 
@@ -340,6 +346,7 @@ def _(
     base: Tensor | None,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_devices("sparse_low_rank_linear", x, U, V, starts, columns, values, bias, base)
     hidden = (0,) if U is None or not keep_hidden else (*x.shape[:-1], U.shape[1])
     return x.new_empty((*x.shape[:-1], rows)), x.new_empty(hidden)
 
@@ -376,6 +383,7 @@ def _(
 
 @torch.library.register_fake("structmat::sampled_matmul")
 def _(dy: Tensor, x: Tensor, starts: Tensor, columns: Tensor, group: int, nnz: int) -> Tensor:
+    _check_devices("sampled_matmul", dy, x, starts, columns)
     return dy.new_empty((nnz,))
 
 
