@@ -175,7 +175,7 @@ def sampled_matmul(dy: Tensor, x: Tensor, pattern: SparsePattern) -> Tensor:
             found: Tensor = _SampledMatmul.apply(dy, x, pattern)
             return found
         return _call_sampled(dy, x, pattern)
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, AttributeError, IndexError):
         _check_sampled(dy, x, pattern)  # says what was wrong, where it was the arguments
         raise
 
@@ -212,7 +212,7 @@ def _product(
             y, _ = _SparseLowRankLinear.apply(x, U, V, values, bias, base, pattern, keep)
             return y
         return _call(x, U, V, pattern, values, bias, base, False)[0]
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, AttributeError, IndexError):
         _check(op, x, U, V, pattern, values, bias, base)  # says what was wrong with the arguments
         raise
 
@@ -326,6 +326,15 @@ def _rows(a: Tensor) -> Tensor:
     return torch.atleast_2d(a).flatten(0, -2)
 
 
+def _check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """As the kernels do: where tensors of meta and of others meet, the dispatcher comes here."""
+    for a in others:
+        if a is not None and a.device != x.device:
+            raise RuntimeError(
+                f"structmat: tensors on {x.device} and {a.device}, wanted one device"
+            )
+
+
 @torch.library.register_fake("structmat::sparse_low_rank_linear")
 def _(
     x: Tensor,
@@ -340,6 +349,7 @@ def _(
     base: Tensor | None,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_devices(x, U, V, starts, columns, values, bias, base)
     hidden = (0,) if U is None or not keep_hidden else (*x.shape[:-1], U.shape[1])
     return x.new_empty((*x.shape[:-1], rows)), x.new_empty(hidden)
 
@@ -365,6 +375,8 @@ def _(
     need_values: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    index = starts, columns, transposed_starts, transposed_columns, permutation
+    _check_devices(dy, x, U, V, *index, values, base, hidden)
     return (
         dy.new_empty((*dy.shape[:-1], cols) if need_x else (0,)),
         dy.new_empty((0,) if hidden is None or U is None else U.shape),
@@ -376,6 +388,7 @@ def _(
 
 @torch.library.register_fake("structmat::sampled_matmul")
 def _(dy: Tensor, x: Tensor, starts: Tensor, columns: Tensor, group: int, nnz: int) -> Tensor:
+    _check_devices(dy, x, starts, columns)
     return dy.new_empty((nnz,))
 
 
