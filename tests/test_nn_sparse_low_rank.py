@@ -91,7 +91,7 @@ def test_from_linear(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reselection_carries_values_and_moments(family: str) -> None:
-    layer = Layer(40, 33, 3, 0.2, family=family)
+    layer = Layer(40, 33, 3, 0.5, family=family)
     optimizer = torch.optim.Adam(layer.parameters(), amsgrad=True)
     x = torch.randn(9, 40)
     layer(x).square().sum().backward()
@@ -107,7 +107,7 @@ def test_reselection_carries_values_and_moments(family: str) -> None:
     moved = layer.reselect(scores)
     moved.carry_optimizer_state(optimizer)
     new = layer.pattern.to_mask()
-    assert layer.pattern == sm.SparsePattern.from_scores(scores, 0.2, family=family)
+    assert layer.pattern == sm.SparsePattern.from_scores(scores, 0.5, family=family)
     assert layer.values is values
     assert values.grad is None
     assert 0 < len(moved.new) < len(values)
@@ -120,6 +120,8 @@ def test_reselection_carries_values_and_moments(family: str) -> None:
         layer.reselect(scores.T)
     with pytest.raises(ValueError, match="does not hold the values"):
         moved.carry_optimizer_state(torch.optim.SGD([layer.U], 0.1))
+    with pytest.raises(RuntimeError, match="was carried before"):
+        moved.carry_optimizer_state(optimizer)
 
 
 def test_compile_and_export() -> None:
