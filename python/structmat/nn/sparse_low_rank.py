@@ -215,8 +215,9 @@ class SparseLowRankLinear(nn.Module):
 
         ``"lost"``: a matrix by ``N(0, 1/n)``, split as by :meth:`from_linear`: ``U V`` is the head
         of its SVD, and ``S`` the part of the residual that has the largest norm, with the published
-        ``family="columns"`` its largest columns. The support changes with it. Costs one truncated
-        SVD and the dense matrix while it runs.
+        ``family="columns"`` its largest columns. The support changes with it. What neither takes is
+        lost, so that entries of the weight vary less than by ``1/sqrt(n)``. Costs one SVD and a few
+        dense matrices, the residual in double precision, while it runs.
         """
         scale = 1 / math.sqrt(self.in_features)
         if self.bias is not None:
@@ -313,7 +314,8 @@ class SparseLowRankLinear(nn.Module):
             TypeError: no floating tensor.
             ValueError: another shape or device, NaN, Inf or negative numbers.
 
-        Cost: a few passes over the scores; everything else is ``O(nnz log nnz)``.
+        Cost: a few passes over the scores, and the memory of
+        :meth:`structmat.SparsePattern.from_scores`; everything else is ``O(nnz log nnz)``.
 
         Example:
             >>> import torch, structmat as sm
