@@ -46,7 +46,7 @@ def test_a_spoiled_support_is_not_loaded() -> None:
     layer = Layer(40, 33, 3, 0.2)
     state = layer.state_dict()
     state["columns"] = torch.full_like(state["columns"], 255)
-    with pytest.raises(ValueError, match="out of range"):
+    with pytest.raises(RuntimeError, match=r"family 'uniform': .* out of range"):
         layer.load_state_dict(state)
 
 
@@ -91,7 +91,7 @@ def test_from_linear(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reselection_carries_values_and_moments(family: str) -> None:
-    layer = Layer(40, 33, 3, 0.2, family=family)
+    layer = Layer(40, 33, 3, 0.5, family=family)
     optimizer = torch.optim.Adam(layer.parameters(), amsgrad=True)
     x = torch.randn(9, 40)
     layer(x).square().sum().backward()
@@ -107,7 +107,7 @@ def test_reselection_carries_values_and_moments(family: str) -> None:
     moved = layer.reselect(scores)
     moved.carry_optimizer_state(optimizer)
     new = layer.pattern.to_mask()
-    assert layer.pattern == sm.SparsePattern.from_scores(scores, 0.2, family=family)
+    assert layer.pattern == sm.SparsePattern.from_scores(scores, 0.5, family=family)
     assert layer.values is values
     assert values.grad is None
     assert 0 < len(moved.new) < len(values)
@@ -120,6 +120,8 @@ def test_reselection_carries_values_and_moments(family: str) -> None:
         layer.reselect(scores.T)
     with pytest.raises(ValueError, match="does not hold the values"):
         moved.carry_optimizer_state(torch.optim.SGD([layer.U], 0.1))
+    with pytest.raises(RuntimeError, match="was carried before"):
+        moved.carry_optimizer_state(optimizer)
 
 
 def test_compile_and_export() -> None:
@@ -153,3 +155,82 @@ def test_training_lowers_the_loss() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_support_survives_the_meta_device() -> None:
+    layer = Layer(40, 33, 3, 0.2, seed=4)
+    pattern, x = layer.pattern, torch.randn(2, 40)
+    for empty in (layer.to("meta"), layer):
+        empty.to_empty(device="cpu")
+        empty.reset_parameters()
+        assert empty.pattern == pattern
+        assert empty.pattern.seed == 4
+        assert empty(x).isfinite().all()
+    layer.reselect(torch.rand(33, 40))  # has no seed
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.to("meta").to_empty(device="cpu").reset_parameters()
+    with pytest.raises(RuntimeError, match="the support was lost"):
+        layer(x)
+    assert "nnz=264" in repr(layer)
+    layer.load_state_dict(state)
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
+
+
+def test_a_written_index_is_taken() -> None:
+    layer, other = Layer(40, 33, 3, 0.2, seed=4), Layer(40, 33, 3, 0.2, seed=5)
+    x = torch.randn(2, 40, requires_grad=True)
+    layer(x).sum().backward()
+    for name, index in other.named_buffers():
+        layer.get_buffer(name).copy_(index)
+    dx = torch.autograd.grad(layer(x).sum(), x)[0]
+    torch.testing.assert_close(dx, (layer.weight + 0).sum(0).expand(2, 40), rtol=1e-4, atol=1e-5)
+    assert layer.pattern == other.pattern
+    assert layer.pattern.seed is None
+    assert sm.SparsePattern.from_state_dict(layer.pattern.state_dict()) == other.pattern
+    taken = layer.pattern
+    layer.columns.copy_(other.columns)  # changes nothing
+    assert layer.pattern is taken
+    layer.columns.fill_(255)
+    with pytest.raises(ValueError, match="out of range"):
+        layer(x)
+    layer.columns, layer.starts = other.columns[:-2], other.starts
+    with pytest.raises(ValueError, match="starts must ascend"):
+        layer(x)
+
+
+def test_copies_keep_seed_and_support() -> None:
+    layer = Layer(40, 33, 3, 0.2, seed=4)
+    assert copy.deepcopy(layer).pattern.seed == 4
+    assert layer.double().pattern.seed == 4
+    layer.load_state_dict(Layer(40, 33, 3, 0.2, seed=5).double().state_dict())
+    assert layer.pattern.seed is None
+
+
+def test_values_and_support_load_together() -> None:
+    layer, other = nn.Sequential(Layer(40, 33, 3, 0.2)), nn.Sequential(Layer(40, 33, 3, 0.1))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    state = other.state_dict()
+    lacking = {name: a for name, a in state.items() if name not in ("0.starts", "0.columns")}
+    spoiled = state | {"0.values": state["0.values"][:-1]}
+    for given, message in ((lacking, "0.starts, 0.columns missing"), (spoiled, "family 'uniform'")):
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(given, strict=False)
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, before[name])
+    x = torch.randn(5, 40)
+    layer(x).sum().backward()
+    layer.load_state_dict(state)
+    assert layer[0].values.grad is None
+    assert torch.equal(layer(x), other(x))
+    layer[0].reselect(torch.rand(33, 40))
+    assert layer[0].pattern.nnz == other[0].pattern.nnz
+
+
+def test_layers_differ_unless_torch_is_seeded() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        a, b = Layer(40, 33, 3, 0.2), Layer(40, 33, 3, 0.2)
+        torch.manual_seed(3)
+        c = Layer(40, 33, 3, 0.2)
+    assert a.pattern != b.pattern
+    assert a.pattern == c.pattern

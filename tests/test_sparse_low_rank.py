@@ -325,6 +325,16 @@ def test_bad_arguments_of_the_others() -> None:
         sm.ops.sampled_matmul(dy, x.to("meta"), PATTERN)
     with pytest.raises(ValueError, match=r"sparse_linear: values is \(3,\)"):
         sm.ops.sparse_linear(x, PATTERN, torch.ones(3))
+    for given in (PATTERN.to("meta"), PATTERN):
+        values = torch.ones(6, device="meta" if given is PATTERN else "cpu")
+        with pytest.raises(ValueError, match="is on meta, x on cpu"):
+            sm.ops.sparse_linear(x, given, values)
+    with pytest.raises(ValueError, match="the pattern is on meta, dy on cpu"):
+        sm.ops.sampled_matmul(dy, x, PATTERN.to("meta"))
+    with pytest.raises(ValueError, match="x must have at least 1 dimension"):
+        sm.ops.sparse_linear(torch.tensor(1.0), PATTERN, torch.ones(6))
+    with pytest.raises(TypeError, match=r"x is torch.float32, wanted torch.float64 as dy"):
+        sm.ops.sampled_matmul(dy.double(), x, PATTERN)
     op, index = torch.ops.structmat.sparse_low_rank_linear, (PATTERN.starts, PATTERN.columns)
     with pytest.raises(RuntimeError, match="starts has 5 elements, wanted 6"):
         op(x, None, None, *index, 5, 1, torch.ones(6), None, None, False)

@@ -12,7 +12,7 @@ from .linalg import gaussian, orthonormalize
 from .linalg.svd import check_integer
 from .monarch.project import _check_matrix, _check_moments, _check_tensor
 from .sparse_pattern import SparsePattern
-from .sparse_pattern.families import grid, wanted_places
+from .sparse_pattern.families import wanted_places
 
 __all__ = ["Compensation", "SparseLowRank", "compensate", "decompose"]
 
@@ -130,7 +130,7 @@ def decompose(
     op = "sparse_low_rank.decompose"
     m, n = _check_matrix(W, op)
     _check_rank(rank, m, n, op)
-    wanted_places(op, density, grid(op, m, n, family)[1])
+    wanted_places(op, density, m, n, family)  # for its errors
     check_integer("iterations", iterations, op)
     check_integer("seed", seed, op)
     if iterations < 1:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stays of a sparse weight, and of its optimizer's state, when its support moves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ class Reselection:
     after: int
     old: Tensor
     new: Tensor
+    _carried: "WeakSet[torch.optim.Optimizer]" = field(
+        default_factory=WeakSet, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def between(
@@ -56,11 +60,12 @@ class Reselection:
     def carry_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Moves what an optimizer holds for each value, such as the moments of Adam, with the
         entries that stayed; it is zero for new ones. Tensors of other shapes, such as the count of
-        steps, stay as they are. Call it once, before the next step.
+        steps, stay as they are. Call it once for each optimizer, before the next step.
 
         Raises:
             TypeError: no ``torch.optim.Optimizer``.
             ValueError: an optimizer that does not hold the parameter.
+            RuntimeError: its state was moved before.
         """
         op = "Reselection.carry_optimizer_state"
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -68,6 +73,9 @@ class Reselection:
         groups = optimizer.param_groups
         if not any(parameter is self.values for group in groups for parameter in group["params"]):
             raise ValueError(f"{op}: the optimizer does not hold the values of the layer")
+        if optimizer in self._carried:
+            raise RuntimeError(f"{op}: the state of this optimizer was carried before")
+        self._carried.add(optimizer)
         state = optimizer.state.get(self.values, {})
         for name, tensor in state.items():
             if isinstance(tensor, Tensor) and tensor.shape == (self.before,):

@@ -2,6 +2,7 @@
 """``y = x (U V + S)^T + b``: a linear layer with a weight of low rank plus a sparse one."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,8 @@ class SparseLowRankLinear(nn.Module):
             ``"vector16"`` or ``"block16"``.
         bias: add a learned bias.
         init: ``"sltrain"`` or ``"lost"``, see :meth:`reset_parameters`.
-        seed: of the support.
+        seed: of the support; ``None`` lets torch's generator draw one, kept as ``pattern.seed``, so
+            that layers differ and ``torch.manual_seed`` decides.
         device, dtype: of the parameters.
 
     Attributes:
@@ -89,7 +91,7 @@ class SparseLowRankLinear(nn.Module):
         family: str = "uniform",
         bias: bool = True,
         init: str = "sltrain",
-        seed: int = 0,
+        seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -101,6 +103,8 @@ class SparseLowRankLinear(nn.Module):
             raise ValueError(
                 f"SparseLowRankLinear: init is {init!r}, wanted one of {', '.join(_INITS)}"
             )
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
         pattern = SparsePattern.random(
             out_features, in_features, density, family=family, seed=seed, device=device
         )
@@ -121,33 +125,90 @@ class SparseLowRankLinear(nn.Module):
         self.register_buffer("starts", pattern.starts)
         # NCCL and gloo know no uint16; DistributedDataParallel broadcasts buffers.
         self.register_buffer("columns", pattern.columns.view(torch.uint8))
-        self._pattern, self._taken = pattern, self.columns
+        self._hold(pattern)
+
+    def _hold(self, pattern: SparsePattern | None) -> None:
+        """Remembers of which buffers, in which state, the pattern is; ``None``: of no pattern."""
+        self._pattern = pattern
+        self._taken = self.starts, self.columns
+        self._versions = _version(self.starts), _version(self.columns)
+
+    def _around_buffers(self, nnz: int, seed: int | None = None) -> SparsePattern:
+        shape = self.out_features, self.in_features
+        columns = self.columns.view(torch.uint16)
+        return SparsePattern._of(shape, self.family, self.starts, columns, nnz, seed)
 
     @property
     def pattern(self) -> SparsePattern:
-        """The support, on the device of the layer."""
-        if self._taken is self.columns:
+        """The support, on the device of the layer.
+
+        Buffers that were replaced or written to, as EMA and DistributedDataParallel do, are checked
+        and taken at the next use, under ``torch.compile`` only where they were replaced.
+
+        Raises:
+            RuntimeError: nothing is known of the support: the layer has left the meta device, or
+                was emptied, and no seed tells it.
+            ValueError: the buffers hold no pattern.
+        """
+        starts, columns = self._taken
+        same = starts is self.starts and columns is self.columns
+        if torch.compiler.is_compiling():  # where an index cannot be checked
+            if not same or self._pattern is None:
+                made = self._around_buffers(self.values.numel())
+                if torch.compiler.is_exporting():  # with stand-ins for the buffers
+                    return made
+                self._pattern, self._taken = made, (self.starts, self.columns)
+                self._versions = -1, -1
             return self._pattern
-        seed = self._pattern.seed
-        if seed is not None and self._pattern.device.type == "meta" and not self.columns.is_meta:
-            shape = self.out_features, self.in_features  # to_empty leaves it to us what is there
-            self._take(
-                SparsePattern.random(
-                    *shape, self.density, family=self.family, seed=seed, device=self.columns.device
+        if same and self._versions == (_version(starts), _version(columns)):
+            if self._pattern is None:
+                raise RuntimeError(
+                    "SparseLowRankLinear: the support was lost on the meta device or by to_empty, "
+                    "and has no seed; load_state_dict gives it one"
                 )
-            )
             return self._pattern
-        moved = SparsePattern._of(
-            (self.out_features, self.in_features),
-            self.family,
-            self.starts,
-            self.columns.view(torch.uint16),
-            self._pattern.nnz,
-            self._pattern.seed,
-        )
-        if not torch.compiler.is_exporting():  # with stand-ins for the buffers
-            self._pattern, self._taken = moved, self.columns
-        return moved
+        held, index = self._pattern, self.columns.view(torch.uint16)
+        if self.columns.is_meta:
+            self._hold(self._around_buffers(self.values.numel()))
+        elif held is None or not _same_index(held, self.starts, index):
+            # Around a copy, which tells whether the next write changes anything.
+            op, shape = "SparseLowRankLinear", (self.out_features, self.in_features)
+            self._hold(from_index(SparsePattern, op, *shape, self.family, self.starts, index))
+        else:
+            self._hold(held)
+        return self._pattern  # type: ignore[return-value]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLowRankLinear":
+        was = None if self._pattern is None else self.pattern
+        starts, columns = self._taken
+        super()._apply(fn, recurse)
+        if self.starts is starts and self.columns is columns:
+            return self
+        if self.columns.is_meta:
+            nnz = self.values.numel() if was is None else was.nnz
+            self._hold(self._around_buffers(nnz, None if was is None else was.seed))
+        elif was is not None and _same_index(was, self.starts, self.columns.view(torch.uint16)):
+            moved = self._around_buffers(was.nnz, was.seed)
+            if was._transposed is not None:
+                other, permutation = was._transposed
+                moved._transposed = other.to(moved.device), permutation.to(moved.device)
+            self._hold(moved)
+        elif was is not None and was.seed is not None:  # to_empty leaves it to us what is there
+            m, n, device = self.out_features, self.in_features, self.columns.device
+            like: dict[str, Any] = {"family": self.family, "seed": was.seed, "device": device}
+            self._take(SparsePattern.random(m, n, self.density, **like))
+        else:
+            self._hold(None)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._pattern is not None:
+            self.pattern  # noqa: B018  takes what was written to the buffers
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hold(self._pattern)  # versions of copies begin anew
 
     def reset_parameters(self) -> None:
         """Draws the parameters, as ``init`` says; the bias is zero.
@@ -157,8 +218,9 @@ class SparseLowRankLinear(nn.Module):
 
         ``"lost"``: a matrix by ``N(0, 1/n)``, split in one step: ``U V`` is the head of its SVD,
         and ``S`` the part of the residual that has the largest norm, with the published
-        ``family="columns"`` its largest columns. The support changes with it. Costs one truncated
-        SVD and the dense matrix while it runs.
+        ``family="columns"`` its largest columns. The support changes with it. What neither
+        takes is lost, so that entries of the weight vary less than by ``1/sqrt(n)``. Costs one
+        truncated SVD and a few dense matrices, the residual in double precision, while it runs.
         """
         scale = 1 / math.sqrt(self.in_features)
         if self.bias is not None:
@@ -240,7 +302,8 @@ class SparseLowRankLinear(nn.Module):
         """A layer, without bias, that takes these very tensors."""
         m, n = found.pattern.shape
         family = found.pattern.family
-        layer = cls(n, m, found.U.shape[1], density, family=family, bias=False, device="meta")
+        rank = found.U.shape[1]
+        layer = cls(n, m, rank, density, family=family, bias=False, seed=0, device="meta")
         layer.U, layer.V = nn.Parameter(found.U), nn.Parameter(found.V)
         layer.values = nn.Parameter(found.values)
         layer._take(found.pattern)
@@ -270,7 +333,8 @@ class SparseLowRankLinear(nn.Module):
             TypeError: no floating tensor.
             ValueError: another shape or device, NaN, Inf or negative numbers.
 
-        Cost: a few passes over the scores; everything else is ``O(nnz log nnz)``.
+        Cost: a few passes over the scores, and the memory of
+        :meth:`structmat.SparsePattern.from_scores`; everything else is ``O(nnz log nnz)``.
 
         Example:
             >>> import torch, structmat as sm
@@ -293,36 +357,89 @@ class SparseLowRankLinear(nn.Module):
         return moved
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        """The support comes from the state, checked, and may differ in its number of entries."""
-        starts, columns = (state_dict.get(prefix + name) for name in ("starts", "columns"))
-        if isinstance(starts, Tensor) and isinstance(columns, Tensor) and not starts.is_meta:
-            device = self.values.device
-            pattern = from_index(
-                SparsePattern,
-                "SparseLowRankLinear.load_state_dict",
-                self.out_features,
-                self.in_features,
-                self.family,
-                starts,
-                columns.view(torch.uint16) if columns.dtype == torch.uint8 else columns,
+        """The support comes from the state with the values, both checked before either is taken,
+        and may differ in its number of entries."""
+        names = "values", "starts", "columns"
+        given = [state_dict.get(prefix + name) for name in names]
+        rest = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        if not any(a is not None for a in given):
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            return
+        missing = [prefix + n for n, a in zip(names, given, strict=True) if a is None]
+        if missing:
+            error_msgs.append(
+                f"SparseLowRankLinear: {', '.join(missing)} missing; {prefix}values, "
+                f"{prefix}starts and {prefix}columns load together"
             )
-            if device.type != "meta":
-                pattern = pattern.to(device)
-            if pattern.nnz != self.values.numel():
-                self.values.data = self.values.data.new_empty(pattern.nnz)
-            self._take(pattern)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if self._taken is not self.columns and not self.columns.is_meta:  # assigned, not copied
-            self._taken = self.columns
-            self._pattern = self._pattern.to(self.columns.device)
+            return
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        pattern = None
+        if not any(isinstance(a, Tensor) and a.is_meta for a in given) and (
+            assign or not self.values.is_meta  # else torch warns that nothing is loaded
+        ):
+            try:
+                pattern = self._read(*given)
+            except (TypeError, ValueError, RuntimeError) as error:
+                error_msgs.append(
+                    f"SparseLowRankLinear: {prefix}values, {prefix}starts and {prefix}columns are "
+                    f"not of a support of family {self.family!r}: {error}"
+                )
+                return
+            held = self._pattern
+            if held is None or held.device.type == "meta" or pattern != self.pattern:
+                if pattern.nnz != self.values.numel():
+                    self.values.data = self.values.data.new_empty(pattern.nnz)
+                    self.values.grad = None
+                    self.density = pattern.density  # so that reselect keeps the number
+                if not self.values.is_meta:
+                    pattern = pattern.to(self.values.device)
+                self._take(pattern)
+            else:
+                pattern = held
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if pattern is not None:
+            self._hold(self._around_buffers(pattern.nnz, pattern.seed))
+
+    def _read(self, values: Any, starts: Any, columns: Any) -> SparsePattern:
+        for name, a in {"values": values, "starts": starts, "columns": columns}.items():
+            if not isinstance(a, Tensor):
+                raise TypeError(f"{name} is no tensor")
+        if columns.dtype != torch.uint8:
+            raise TypeError(f"columns is {columns.dtype}, wanted torch.uint8")
+        op, shape = "SparseLowRankLinear.load_state_dict", (self.out_features, self.in_features)
+        index = starts, columns.view(torch.uint16)
+        pattern = from_index(SparsePattern, op, *shape, self.family, *index)
+        if tuple(values.shape) != (pattern.nnz,):
+            raise ValueError(f"values is {tuple(values.shape)}, the support has {pattern.nnz}")
+        return pattern
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"nnz={self.pattern.nnz}, family={self.family!r}, bias={self.bias is not None}"
+            f"nnz={self.values.numel()}, family={self.family!r}, bias={self.bias is not None}"
         )
+
+
+def _version(index: Tensor) -> int:
+    return -1 if index.is_inference() else index._version
+
+
+def _same_index(pattern: SparsePattern, starts: Tensor, columns: Tensor) -> bool:
+    """Whether an index elsewhere is known to be that of a pattern."""
+    here = pattern.columns
+    if here.is_meta or here.data_ptr() == columns.data_ptr() or here.shape != columns.shape:
+        return False
+    a, b = here.view(torch.uint8), columns.view(torch.uint8)
+    return torch.equal(pattern.starts.to(starts.device), starts) and torch.equal(a.to(b.device), b)
 
 
 def _check_rank(op: str, rank: int, m: int, n: int) -> None:

@@ -55,10 +55,14 @@ def check_tensors(op: str, given: dict[str, Any]) -> None:
         if tensor.dtype not in DTYPES or tensor.dtype != x.dtype:
             raise TypeError(
                 f"{op}: {name} is {tensor.dtype}, wanted "
-                + ("one of " + ", ".join(map(str, DTYPES)) if tensor is x else f"{x.dtype} as x")
+                + (
+                    "one of " + ", ".join(map(str, DTYPES))
+                    if tensor is x
+                    else f"{x.dtype} as {first}"
+                )
             )
         if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}")
+            raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {x.device}")
     if x.dim() < 1:
         raise ValueError(f"{op}: {first} must have at least 1 dimension, got 0")
 

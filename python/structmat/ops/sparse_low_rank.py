@@ -175,7 +175,7 @@ def sampled_matmul(dy: Tensor, x: Tensor, pattern: SparsePattern) -> Tensor:
             found: Tensor = _SampledMatmul.apply(dy, x, pattern)
             return found
         return _call_sampled(dy, x, pattern)
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, AttributeError, IndexError):
         _check_sampled(dy, x, pattern)  # says what was wrong, where it was the arguments
         raise
 
@@ -212,7 +212,7 @@ def _product(
             y, _ = _SparseLowRankLinear.apply(x, U, V, values, bias, base, pattern, keep)
             return y
         return _call(x, U, V, pattern, values, bias, base, False)[0]
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, AttributeError, IndexError):
         _check(op, x, U, V, pattern, values, bias, base)  # says what was wrong with the arguments
         raise
 
@@ -372,6 +372,8 @@ def _(
     need_values: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    index = starts, columns, transposed_starts, transposed_columns, permutation
+    _check_devices("sparse_low_rank_linear_backward", dy, x, U, V, *index, values, base, hidden)
     return (
         dy.new_empty((*dy.shape[:-1], cols) if need_x else (0,)),
         dy.new_empty((0,) if hidden is None or U is None else U.shape),

@@ -2,6 +2,7 @@
 """How the families of sparse patterns choose: groups of rows, places among which each chooses."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,10 +35,34 @@ def grid(op: str, m: int, n: int, family: str) -> tuple[int, int]:
     return groups_of(family, m), n if family != "block16" else -(-n // STRIP)
 
 
-def wanted_places(op: str, density: float, places: int) -> int:
-    if not isinstance(density, int | float) or not 0 <= density <= 1:
+def wanted_places(op: str, density: float, m: int, n: int, family: str) -> int:
+    """How many places are chosen, over all groups together: see :func:`shares`.
+
+    Of what ``shares`` makes possible, the number whose entries are nearest to ``density m n``.
+    """
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 <= density <= 1:
         raise ValueError(f"{op}: density is {density!r}, wanted 0 to 1")
-    return min(math.floor(density * places + 0.5), places)
+    groups, places = grid(op, m, n, family)
+    if family not in ("vector16", "block16"):
+        return min(math.floor(density * places + 0.5), places)
+    if density == 0 or m == 0 or n == 0:
+        return 0
+    least = math.floor(density * places)
+    rows = (density * places - least) * m  # of the entries, those beyond the least in each strip
+    more = min(math.floor(rows / STRIP + 0.5), groups)
+    if m - rows <= abs(rows - STRIP * more):  # the last strip may be narrower
+        more = groups
+    return max(least * groups + more, 1)
+
+
+def shares(groups: int, wanted: int) -> Tensor:
+    """The places of each group ``(groups,)``: ``wanted / groups``, up for the first group and then
+    as evenly as can be, else down. The last group, which may be narrower, is the last to go up."""
+    if groups == 0:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    least, more = divmod(wanted, groups)
+    ends = -((torch.arange(groups + 1, device="cpu") * -more) // groups)
+    return least + ends.diff()
 
 
 def by_place(W: Tensor, family: str) -> Tensor:
@@ -61,6 +86,21 @@ def largest(scores: Tensor, wanted: int) -> Tensor:
     room = wanted - above.sum(1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(1) <= room))
     return chosen.nonzero()[:, 1].view(groups, wanted)
+
+
+def choose(
+    choice: Callable[[int, Tensor], Tensor], groups: int, wanted: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Group and place of each of ``wanted`` places, ascending: ``choice`` tells the ``(len, k)``
+    places of some groups for each of the one or two numbers ``k`` of :func:`shares`."""
+    counts = shares(groups, wanted).to(device)
+    begins = counts.cumsum(0) - counts
+    group = torch.arange(groups, device=device).repeat_interleave(counts)
+    place = torch.empty(len(group), dtype=torch.int64, device=device)
+    for k in counts.unique().tolist():
+        those = (counts == k).nonzero()[:, 0]
+        place[begins[those][:, None] + torch.arange(k, device=device)] = choice(k, those)
+    return group, place
 
 
 def check_shape(op: str, m: int, n: int) -> None:

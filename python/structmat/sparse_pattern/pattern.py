@@ -15,6 +15,7 @@ from .families import (
     by_place,
     check_columns,
     check_shape,
+    choose,
     grid,
     groups_of,
     largest,
@@ -63,7 +64,7 @@ class SparsePattern:
         >>> import torch, structmat as sm
         >>> pattern = sm.SparsePattern.random(64, 128, 0.05, family="vector16", seed=1)
         >>> pattern
-        SparsePattern(64 x 128, nnz=384, density=0.0469, family='vector16', seed=1)
+        SparsePattern(64 x 128, nnz=416, density=0.0508, family='vector16', seed=1)
         >>> W = torch.randn(64, 128)
         >>> values = pattern.gather(W)
         >>> torch.equal(pattern.scatter(values), W * pattern.to_mask())
@@ -117,9 +118,12 @@ class SparsePattern:
         """A random support that is the same on every machine.
 
         ``uniform`` has ``round(density m n)`` entries, ``columns`` the same ``round(density n)``
-        columns in all rows, ``vector16`` as many in each strip of 16 rows, ``block16``
-        ``round(density B)`` of the ``B = ceil(n / 16)`` blocks of each strip: all choices of a
-        family are equally likely, and strips are independent. The numbers come from a counter
+        columns in all rows. ``vector16`` has ``q = density n`` columns in each strip of 16 rows,
+        ``block16`` ``q = density B`` of its ``B = ceil(n / 16)`` blocks, rounded up or down so that
+        all strips together have nearest to ``density m n`` entries (a narrower last block counted
+        as its share): up in evenly spread strips from the first, in a narrower last strip only
+        where all go up. There is at least one vector or block unless the density is 0. All choices
+        of a strip are equally likely, and strips are independent. The numbers come from a counter
         (Philox 4x32-10), the same for any number of threads.
 
         Args:
@@ -144,8 +148,7 @@ class SparsePattern:
         """
         op = "SparsePattern.random"
         check_shape(op, m, n)
-        _, places = grid(op, m, n, family)
-        wanted = wanted_places(op, density, places)
+        wanted = wanted_places(op, density, m, n, family)
         check_integer("seed", seed, op)
         if not 0 <= seed < 2**63:
             raise ValueError(f"{op}: seed is {seed}, wanted 0 to 2^63 - 1")
@@ -160,35 +163,39 @@ class SparsePattern:
     def _drawn(cls, m: int, n: int, family: str, wanted: int, seed: int) -> "SparsePattern":
         groups, places = grid("SparsePattern", m, n, family)
         like = torch.empty(0, dtype=torch.int64, device="cpu")
-        chosen = _random_subsets(like, groups, places, wanted, seed)
-        made = cls._from_choice(m, n, family, chosen)
+
+        def choice(k: int, those: Tensor) -> Tensor:
+            chosen: Tensor = _random_subsets(like, groups, places, k, seed)
+            return chosen[those]
+
+        made = cls._from_choice(m, n, family, *choose(choice, groups, wanted, like.device))
         made.seed = seed
         return made
 
     @classmethod
     def _on_meta(cls, m: int, n: int, family: str, wanted: int, seed: int) -> "SparsePattern":
         """Sizes without places, for layers on the meta device."""
-        groups = groups_of(family, m)
-        count = wanted * {"uniform": 1, "block16": STRIP * groups}.get(family, groups)
-        nnz = wanted * {"uniform": 1, "block16": STRIP * m}.get(family, m)
+        groups, rows = groups_of(family, m), rows_in_group(family, m)
+        count = wanted * (STRIP if family == "block16" else 1)
+        nnz = count
+        if family != "uniform" and groups:  # a narrower last strip never has one more
+            width = STRIP if family == "block16" else 1
+            nnz = (wanted // groups * m + wanted % groups * rows) * width
         starts = torch.empty(groups * slabs_of(n) + 1, dtype=torch.int64, device="meta")
         columns = torch.empty(count, dtype=torch.uint16, device="meta")
         return cls._of((m, n), family, starts, columns, nnz, seed)
 
     @classmethod
-    def _from_choice(cls, m: int, n: int, family: str, chosen: Tensor) -> "SparsePattern":
-        """The pattern of the chosen places ``(groups, wanted)`` of :func:`grid`, ascending."""
-        device = chosen.device
-        groups = groups_of(family, m)
+    def _from_choice(
+        cls, m: int, n: int, family: str, group: Tensor, place: Tensor
+    ) -> "SparsePattern":
+        """The pattern of chosen places of groups of :func:`grid`, ascending."""
+        column = place
         if family == "uniform":
-            group, column = chosen[0] // max(n, 1), chosen[0] % max(n, 1)
-        else:
-            column = chosen
-            if family == "block16":
-                column = chosen[..., None] * STRIP + torch.arange(STRIP, device=device)
-                column = column.flatten(1)
-            group = torch.arange(groups, device=device)[:, None].expand(column.shape).flatten()
-            column = column.flatten()
+            group, column = place // max(n, 1), place % max(n, 1)
+        elif family == "block16":
+            column = place[:, None] * STRIP + torch.arange(STRIP, device=place.device)
+            group, column = group.repeat_interleave(STRIP), column.flatten()
             inside = column < n  # the last block may be narrower
             group, column = group[inside], column[inside]
         return cls._from_columns(m, n, family, group, column)
@@ -291,6 +298,8 @@ class SparsePattern:
                 raise TypeError(f"{op}: {name} must be a dense tensor, got {type(index).__name__}")
             if index.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{op}: {name} is {index.dtype}, wanted torch.int32 or torch.int64")
+        if not isinstance(shape, tuple | list):
+            raise TypeError(f"{op}: shape is {shape!r}, wanted (m, n)")
         if len(shape) != 2:
             raise ValueError(f"{op}: shape is {tuple(shape)}, wanted (m, n)")
         m, n = shape
@@ -361,7 +370,9 @@ class SparsePattern:
             ValueError: not two dimensions, NaN, Inf or negative numbers among the scores, an
                 unknown family or a density out of range.
 
-        Cost: a few passes over the scores.
+        Cost: a few passes over the scores. Beside them ``uniform`` takes some 19 bytes for each of
+        the ``m n`` places of float32 while it runs (a copy to find the least, masks, and a count
+        of equals), the strips the sums of their places.
 
         Example:
             >>> import torch, structmat as sm
@@ -378,7 +389,7 @@ class SparsePattern:
             raise ValueError(f"{op}: scores must have 2 dimensions, got {scores.dim()}")
         m, n = scores.shape
         groups, places = grid(op, m, n, family)
-        wanted = wanted_places(op, density, places)
+        wanted = wanted_places(op, density, m, n, family)
         scores = scores.detach()
         if scores.numel() and not (float(scores.min()) >= 0 and float(scores.max()) < math.inf):
             raise ValueError(f"{op}: scores must be finite and not negative")
@@ -387,7 +398,11 @@ class SparsePattern:
         else:
             wide = torch.promote_types(scores.dtype, torch.float32)
             sums = by_place(scores.to(wide), family).sum(2)
-        return cls._from_choice(m, n, family, largest(sums, wanted))
+
+        def choice(k: int, those: Tensor) -> Tensor:
+            return largest(sums if len(those) == groups else sums[those], k)
+
+        return cls._from_choice(m, n, family, *choose(choice, groups, wanted, sums.device))
 
     @property
     def density(self) -> float:
@@ -424,6 +439,9 @@ class SparsePattern:
             True
         """
         if self._transposed is None:
+            if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+                with torch.inference_mode(False):  # else autograd would refuse it later
+                    return self.transpose()
             (m, n), device = self.shape, self.device
             host = "meta" if self.columns.is_meta else "cpu"
             starts, columns, permutation = _transpose(

@@ -36,12 +36,14 @@ def save(pattern: "SparsePattern", indices: bool) -> dict[str, Tensor]:
 def load(
     cls: "type[SparsePattern]", given: dict[str, Tensor], device: torch.device | str | None
 ) -> "SparsePattern":
+    if not isinstance(given, dict) or not all(isinstance(a, Tensor) for a in given.values()):
+        raise TypeError(f"{_OP}: wanted a dictionary of tensors, got {type(given).__name__}")
     if "drawn" in given:
         m, n, code, wanted, seed, nnz, checksum = _numbers("drawn", given["drawn"], 7)
         family = _family(code)
-        _, places = grid(_OP, m, n, family)
-        if not 0 <= wanted <= places or seed < 0:
-            raise ValueError(f"{_OP}: {wanted} of {places} places, drawn from seed {seed}")
+        groups, places = grid(_OP, m, n, family)
+        if not 0 <= wanted <= groups * places or seed < 0:
+            raise ValueError(f"{_OP}: {wanted} of {groups * places} places, drawn from seed {seed}")
         made = cls._drawn(m, n, family, wanted, seed)
         if made.nnz != nnz or _checksum(made) != checksum:
             raise ValueError(f"{_OP}: the pattern drawn from seed {seed} is not the saved one")
@@ -111,13 +113,11 @@ def _family(code: int) -> str:
 
 
 def _places(pattern: "SparsePattern") -> int:
-    """How many places each group of a drawn pattern has chosen."""
-    if pattern.family == "uniform":
-        return pattern.nnz
-    if pattern.nnz == 0:
-        return 0
-    first = int(pattern.starts[slabs_of(pattern.shape[1])])
-    return -(-first // STRIP) if pattern.family == "block16" else first
+    """How many places all groups of a drawn pattern have chosen."""
+    if pattern.family != "block16" or pattern.nnz == 0:
+        return len(pattern.columns)
+    columns = pattern.starts[:: slabs_of(pattern.shape[1])].diff()
+    return int(((columns + STRIP - 1) // STRIP).sum())  # only the last may be narrower
 
 
 def _checksum(pattern: "SparsePattern") -> int:
