@@ -251,6 +251,17 @@ def test_same_bits_for_any_number_of_threads(family: str, threads: int) -> None:
             assert all(map(torch.equal, results[0], other))
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_same_bits_where_a_task_ends_with_one_row_of_a_group(tokens: int, threads: int) -> None:
+    pattern = sm.SparsePattern.random(33, 16384, 0.5, family="columns", seed=1)
+    x, values = make(tokens, 16384), make(pattern.nnz)
+    results = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        results.append(sm.ops.sparse_linear(x, pattern, values))
+    assert all(torch.equal(y, results[0]) for y in results[1:])
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_training_step() -> None:
     """T (m + n + 2 r) + r (m + n) + 4 nnz numbers beyond x: below the dense weight alone."""
