@@ -134,8 +134,8 @@ struct LaneWeights {
     if (in_place()) return;
     S* const to = memory.get<S>(block.size * copy_size());
     copy = to;
-    const std::int64_t group =
-        std::max<std::int64_t>((64 << 10) / std::max<std::int64_t>(copy_size(), 1), 1);
+    if (copy_size() == 0) return;  // weights without numbers may lie nowhere
+    const std::int64_t group = std::max<std::int64_t>((64 << 10) / copy_size(), 1);
     parallel_for(context, ceil_div(block.size, group), [&](std::int64_t task) {
       for (std::int64_t b = task * group; b < std::min(block.size, (task + 1) * group); ++b)
         by_rows() ? copy_lines(data + block.at(b), width, depth, to + b * copy_size())
