@@ -6,10 +6,13 @@ and STRUCTMAT_REQUIRE_CUDA=1 make a missing emulator or GPU a failure instead of
 """
 
 import os
+import shutil
+import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 # Read when torch loads OpenMP. Threads that spin while they wait take the cores from other workers
 # (pytest -n): gradcheck then takes 6 s instead of 0.8 s.
@@ -132,3 +135,22 @@ def threads() -> Iterator[int]:
     before = torch.get_num_threads()
     yield before
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run_on_the_core(tmp_path: Path) -> Callable[[str], None]:
+    """Compiles a C++ program against the core's headers and runs it; its assertions decide."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+
+    def run(source: str) -> None:
+        program, csrc = tmp_path / "program", Path(__file__).parents[1] / "csrc"
+        folders = [f"-I{csrc / folder}" for folder in ("include", "core")]
+        options = ["-std=c++20", "-Wall", "-Wextra", "-Werror", *folders, "-x", "c++", "-"]
+        subprocess.run(
+            [compiler, *options, "-o", str(program)], input=source, text=True, check=True
+        )
+        subprocess.run([str(program)], check=True)
+
+    return run

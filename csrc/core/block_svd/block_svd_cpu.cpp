@@ -30,13 +30,13 @@ struct Block {
 
 // Of one thread, for blocks of one size.
 struct Memory {
-  double *a, *gram, *vectors, *b, *u, *values, *d, *e, *tau, *work;
+  double *a, *gram, *vectors, *b, *u, *values, *d, *tau, *work;
 
   Memory(std::int64_t m, std::int64_t n, std::int64_t rank, bool whole) {
     static thread_local Scratch scratch;
     const std::int64_t row = padded(n), column = padded(m), kept = whole ? n : rank;
     const std::int64_t numbers =
-        row * (m + n + kept + 4 + top_eigenpairs_work) + column * 2 * kept + padded(kept) * 2;
+        row * (m + n + kept + 2 + top_eigenpairs_work) + column * 2 * kept + padded(kept) * 2;
     double* next = (numbers > (std::int64_t{4} << 20) ? large_ : scratch).get<double>(numbers);
     const auto take = [&next](std::int64_t count) {
       double* taken = next;
@@ -45,7 +45,7 @@ struct Memory {
     };
     a = take(m * row), gram = take(n * row), vectors = take(kept * row);
     b = take(kept * column), u = take(kept * column);
-    values = take(padded(kept)), tau = take(row), d = take(row), e = take(row);
+    values = take(padded(kept)), tau = take(row), d = take(row);
     work = take(top_eigenpairs_work * row);
   }
 

@@ -76,8 +76,7 @@ def compress(
     free: :func:`structmat.sparse_low_rank.decompose` under the same moments, or without data. The
     places take 2 bytes a weight of ``S``, which ``keep`` does not count.
 
-    Call ``compress`` once a method, with a ``filter``, to
-    mix structures in a model.
+    Call ``compress`` once a method, with a ``filter``, to mix structures in a model.
 
     ``ranks="uniform"`` gives each layer ``r = floor(keep m n / (m + n))``. ``ranks="global"``
     shares one budget by the predicted change of the model's output, ``tr(L E R E^T)`` with

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Monarch layers for a model: block counts, ranks, and projections weighted by the inputs."""
 
-import time
 from typing import NamedTuple
 
 import torch
@@ -10,11 +9,9 @@ from torch import Tensor, nn
 from ..monarch import project, to_dense
 from ..nn import MonarchLinear
 from .allocate import uniform_rank
-from .calibrate import Calibration, Progress, moments
+from .calibrate import Calibration, Progress
 from .layers import Target, bias_of
-from .plan import Plan, counter, groups
-
-_RIDGE = 1e-2  # of the mean input energy: directions without data stay as they were
+from .plan import Plan, damped, fit_each, output_error
 
 
 class Shape(NamedTuple):
@@ -53,18 +50,7 @@ def projected(
         if shape is not None:
             plan.blocks, plan.rank = shape
     chosen = [plan for plan in plans if plan.rank is not None]
-    done = 0
-    for group in groups(model, chosen, on_inputs=True):
-        moment: dict[Target, Tensor] = {}
-        if data is not None:
-            step = counter("calibrate", data.batches, tell)
-            moment = moments(model, [plan.target for plan in group], data, step, on_inputs=True)
-        for plan in group:
-            begun = time.perf_counter()
-            _project(plan, moment.pop(plan.target, None))
-            plan.seconds = time.perf_counter() - begun
-            done += 1
-            tell("factor", done, len(chosen))
+    fit_each(model, chosen, data, tell, _project)
     return plans
 
 
@@ -77,12 +63,8 @@ def _project(plan: Plan, moment: Tensor | None) -> None:
         W1, W2 = found = project(W, N, N, R)
         error = found.error
     else:
-        ridge = _RIDGE * moment.diagonal().mean()
-        damped = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-        W1, W2 = project(W, N, N, R, inputs=damped)
-        E = W.double() - to_dense(W1.double(), W2.double())
-        lost, whole = ((A @ moment * A).sum().clamp_min(0) for A in (E, W.double()))
-        error = float((lost / whole).sqrt()) if float(whole) > 0 else 0.0
+        W1, W2 = project(W, N, N, R, inputs=damped(moment))
+        error = output_error(W, to_dense(W1.double(), W2.double()), moment)
     plan.error = torch.tensor([error], dtype=torch.float64)
     made: dict[nn.Module, MonarchLinear] = {}
     first: MonarchLinear | None = None

@@ -16,6 +16,7 @@ from .layers import Target
 from .sensitivity import Sensitivity, fisher_weights, sensitivities
 
 _GROUP_BYTES = 256 << 20
+_RIDGE = 1e-2  # of the mean input energy: directions without data stay as they were
 
 
 @dataclass
@@ -91,6 +92,40 @@ def factored(
             done += 1
             tell("factor", done, len(open_plans))
     return plans
+
+
+def fit_each(
+    model: nn.Module,
+    plans: list[Plan],
+    data: Calibration | None,
+    tell: Progress,
+    fit: Callable[[Plan, Tensor | None], None],
+) -> None:
+    """``fit(plan, moment of the inputs)`` for every plan; the moment is ``None`` without data."""
+    done = 0
+    for group in groups(model, plans, on_inputs=True):
+        moment: dict[Target, Tensor] = {}
+        if data is not None:
+            step = counter("calibrate", data.batches, tell)
+            moment = moments(model, [plan.target for plan in group], data, step, on_inputs=True)
+        for plan in group:
+            begun = time.perf_counter()
+            fit(plan, moment.pop(plan.target, None))
+            plan.seconds = time.perf_counter() - begun
+            done += 1
+            tell("factor", done, len(plans))
+
+
+def damped(moment: Tensor) -> Tensor:
+    ridge = _RIDGE * moment.diagonal().mean()
+    return moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
+def output_error(W: Tensor, approximation: Tensor, moment: Tensor) -> float:
+    """``||(W - approximation) C^(1/2)||_F / ||W C^(1/2)||_F`` in float64."""
+    E = W.double() - approximation
+    lost, whole = ((A @ moment * A).sum().clamp_min(0) for A in (E, W.double()))
+    return float((lost / whole).sqrt()) if float(whole) > 0 else 0.0
 
 
 def make(plan: Plan, factors: Factors) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse plus low-rank layers for a model: sizes, and decompositions weighted by the inputs."""
 
-import time
 from typing import NamedTuple
 
 import torch
@@ -9,12 +8,11 @@ from torch import Tensor, nn
 
 from ..nn import SparseLowRankLinear
 from ..sparse_low_rank import decompose
-from .calibrate import Calibration, Progress, moments
+from .calibrate import Calibration, Progress
 from .layers import Target, bias_of
-from .plan import Plan, counter, groups
+from .plan import Plan, damped, fit_each, output_error
 
 _LOW_RANK = 0.25  # of the kept weights
-_RIDGE = 1e-2  # of the mean input energy: directions without data stay as they were
 
 
 class Shape(NamedTuple):
@@ -41,18 +39,7 @@ def decomposed(
     plans = [Plan(target) for target in targets]
     for plan in plans:
         plan.rank, plan.nnz = sparse_low_rank_shape(*plan.target.shape, keep)
-    done = 0
-    for group in groups(model, plans, on_inputs=True):
-        moment: dict[Target, Tensor] = {}
-        if data is not None:
-            step = counter("calibrate", data.batches, tell)
-            moment = moments(model, [plan.target for plan in group], data, step, on_inputs=True)
-        for plan in group:
-            begun = time.perf_counter()
-            _decompose(plan, moment.pop(plan.target, None), seed)
-            plan.seconds = time.perf_counter() - begun
-            done += 1
-            tell("factor", done, len(plans))
+    fit_each(model, plans, data, tell, lambda plan, moment: _decompose(plan, moment, seed))
     return plans
 
 
@@ -62,17 +49,12 @@ def _decompose(plan: Plan, moment: Tensor | None, seed: int) -> None:
     assert nnz is not None
     (m, n), W = target.shape, target.weight
     density = nnz / (m * n)
-    damped = None
-    if moment is not None:
-        ridge = _RIDGE * moment.diagonal().mean()
-        damped = moment + ridge * torch.eye(n, dtype=moment.dtype, device=moment.device)
-    found = decompose(W, rank, density, inputs=damped, seed=seed)
+    inputs = None if moment is None else damped(moment)
+    found = decompose(W, rank, density, inputs=inputs, seed=seed)
     error = found.error
     if moment is not None:
         S = found.pattern.scatter(found.values).double()
-        E = W.double() - found.U.double() @ found.V.double() - S
-        lost, whole = ((A @ moment * A).sum().clamp_min(0) for A in (E, W.double()))
-        error = float((lost / whole).sqrt()) if float(whole) > 0 else 0.0
+        error = output_error(W, found.U.double() @ found.V.double() + S, moment)
     plan.error = torch.tensor([error], dtype=torch.float64)
     made: dict[nn.Module, SparseLowRankLinear] = {}
     first: SparseLowRankLinear | None = None

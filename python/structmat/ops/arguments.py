@@ -81,3 +81,8 @@ def activation_of(op: str, name: str) -> tuple[int, Callable[[Tensor], Tensor]]:
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {name!r}, wanted one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def rows_of(a: Tensor) -> Tensor:
+    """``(..., k)`` as a matrix, all leading sizes in one."""
+    return torch.atleast_2d(a).flatten(0, -2)

@@ -16,6 +16,7 @@ from .arguments import (
     check_tensors,
     is_tracing,
     needs_composition,
+    rows_of,
 )
 from .low_rank import low_rank_linear
 
@@ -204,7 +205,7 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     need_x, need_W, need_bias = needs
     dx = dW = None
-    rows = torch.atleast_2d(dy).flatten(0, -2)
+    rows = rows_of(dy)
     dbias = rows.sum(0) if need_bias else None
     if W is None:
         return dx, dW, dbias
@@ -213,6 +214,6 @@ def _differentiable_backward(
     if need_x:
         dx = torch.einsum("tabd,abcd->tacd", rows, W).reshape(*dy.shape[:-1], a * c * d)
     if need_W and x is not None:
-        blocks = torch.atleast_2d(x).flatten(0, -2).unflatten(1, (a, c, d))
+        blocks = rows_of(x).unflatten(1, (a, c, d))
         dW = torch.einsum("tabd,tacd->abcd", rows, blocks)
     return dx, dW, dbias

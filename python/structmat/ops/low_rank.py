@@ -14,6 +14,7 @@ from .arguments import (
     check_tensors,
     is_tracing,
     needs_composition,
+    rows_of,
 )
 
 _linear = torch.ops.structmat.low_rank_linear.default
@@ -182,19 +183,15 @@ def _differentiable_backward(
     The saved `hidden` is an output of the node, hence of x and V: a second derivative through it
     comes back as `dh`.
     """
-
-    def rows(a: Tensor) -> Tensor:
-        return torch.atleast_2d(a).flatten(0, -2)
-
     need_x, need_U, need_V, need_bias, _ = needs
     dU = dbias = None
     if dy is not None:
         if need_U and hidden is not None:
-            dU = rows(dy).T @ rows(hidden)
+            dU = rows_of(dy).T @ rows_of(hidden)
         if need_bias:
-            dbias = rows(dy).sum(0)
+            dbias = rows_of(dy).sum(0)
         if U is not None:
             dh = dy @ U if dh is None else dy @ U + dh
     dx = dh @ V if dh is not None and V is not None and need_x else None
-    dV = rows(dh).T @ rows(x) if dh is not None and x is not None and need_V else None
+    dV = rows_of(dh).T @ rows_of(x) if dh is not None and x is not None and need_V else None
     return dx, dU, dV, dbias

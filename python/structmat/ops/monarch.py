@@ -15,6 +15,7 @@ from .arguments import (
     check_tensors,
     is_tracing,
     needs_composition,
+    rows_of,
 )
 
 _linear = torch.ops.structmat.monarch_linear.default
@@ -291,7 +292,7 @@ def _differentiable_backward(
     interleaved_hidden, interleaved_output = interleaved
     need_x, need_W1, need_W2, need_bias = needs
     dx = dW1 = dW2 = None
-    rows = torch.atleast_2d(dy).flatten(0, -2)
+    rows = rows_of(dy)
     dbias = rows.sum(0) if need_bias else None
     if W1 is None or W2 is None:
         return dx, dW1, dW2, dbias
@@ -300,7 +301,7 @@ def _differentiable_backward(
         rows = rows.unflatten(1, (L, J)).transpose(1, 2)
     else:
         rows = rows.unflatten(1, (J, L))
-    x_rows = None if x is None else torch.atleast_2d(x).flatten(0, -2)
+    x_rows = None if x is None else rows_of(x)
     if need_W2 and x_rows is not None:
         h = _hidden(x_rows, W1, W2, interleaved_hidden)
         dW2 = torch.einsum("tjl,tjs->jls", rows, h).reshape(W2.shape)

@@ -15,6 +15,7 @@ from .arguments import (
     check_tensors,
     is_tracing,
     needs_composition,
+    rows_of,
 )
 
 _linear = torch.ops.structmat.sparse_low_rank_linear.default
@@ -99,10 +100,10 @@ def sparse_low_rank_linear(
     ``torch.jit.trace`` take torch's own products instead, and for these alone ``S`` is scattered
     into a dense matrix.
 
-    Sums are kept in float32 (float64 for float64) and rounded once; ``h`` is rounded to the type of
-    ``x`` before ``U`` takes it. A row of ``x`` with a number that is not finite gives NaN in all
-    its outputs, also where no entry of ``S`` meets it. The same inputs give the same bits for any
-    number of threads.
+    Sums are kept in float32 (float64 for float64) and rounded once; on CUDA 16-bit types may round
+    ``h`` before ``U`` takes it, or from 1,024 rows on ``U V + S``, as well. A row of ``x`` with a
+    number that is not finite gives NaN in all its outputs, also where no entry of ``S`` meets it.
+    The same inputs give the same bits for any number of threads.
 
     Cost: ``2 T (nnz + r (m + n))`` FLOPs forward and twice that for all gradients, ``6 T m n`` for
     both of the dense layer. Beyond results and gradients, forward and backward together take memory
@@ -168,7 +169,7 @@ def sampled_matmul(dy: Tensor, x: Tensor, pattern: SparsePattern) -> Tensor:
         if dy.shape[:-1] != x.shape[:-1] or (composes and not is_tracing()):
             _check_sampled(dy, x, pattern)
         if composes:
-            return pattern.gather(_rows(dy).T @ _rows(x))
+            return pattern.gather(rows_of(dy).T @ rows_of(x))
         if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
             if x.requires_grad:
                 pattern.transpose()
@@ -328,10 +329,6 @@ def _check_devices(op: str, *tensors: Tensor | None) -> None:
         raise RuntimeError(f"{op}: the tensors are on different devices")
 
 
-def _rows(a: Tensor) -> Tensor:
-    return torch.atleast_2d(a).flatten(0, -2)
-
-
 @torch.library.register_fake("structmat::sparse_low_rank_linear")
 def _(
     x: Tensor,
@@ -465,12 +462,12 @@ def _differentiable_backward(
     dx = dU = dV = dvalues = dbias = None
     if dy is not None:
         if need_U and hidden is not None:
-            dU = _rows(dy).T @ _rows(hidden)
+            dU = rows_of(dy).T @ rows_of(hidden)
         if need_values and x is not None:
             sampled = _call_sampled if torch.compiler.is_compiling() else sampled_matmul
             dvalues = sampled(dy, x, pattern)
         if need_bias:
-            dbias = _rows(dy).sum(0)
+            dbias = rows_of(dy).sum(0)
         if need_x and values is not None:
             other, permutation = pattern.transpose()
             dx = sparse_linear(dy, other, values[permutation])
@@ -481,7 +478,7 @@ def _differentiable_backward(
     if dh is not None and V is not None and need_x:
         dx = dh @ V if dx is None else dx + dh @ V
     if dh is not None and x is not None and need_V:
-        dV = _rows(dh).T @ _rows(x)
+        dV = rows_of(dh).T @ rows_of(x)
     return dx, dU, dV, dvalues, dbias
 
 

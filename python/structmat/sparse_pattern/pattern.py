@@ -245,12 +245,7 @@ class SparsePattern:
             row, column = mask.nonzero(as_tuple=True)
             return cls._from_columns(m, n, family, row, column)
         chosen = by_place(mask, family).amax(2) if m and n else mask.new_zeros(groups, 0)
-        index = chosen.nonzero(as_tuple=True)
-        width = STRIP if family == "block16" else 1
-        column = (index[1][:, None] * width + torch.arange(width, device=mask.device)).flatten()
-        group = index[0][:, None].expand(-1, width).flatten()
-        inside = column < n
-        made = cls._from_columns(m, n, family, group[inside], column[inside])
+        made = cls._from_choice(m, n, family, *chosen.nonzero(as_tuple=True))
         if made.nnz != int(mask.sum()):
             raise ValueError(
                 f"{op}: the mask is no pattern of family {family!r}: it has {int(mask.sum())} "
