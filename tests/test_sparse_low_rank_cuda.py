@@ -83,6 +83,22 @@ def test_tiles(backend: Backend, dtype: torch.dtype, family: str) -> None:
     compare((40, 72, 48, 8), 0.3, dtype, backend.device, family, base=True)
 
 
+# Strips of 16 rows, the last of fewer, some without columns; blocks for dx too. Whole packs and
+# none, no low rank, both tile sizes, two slabs.
+@pytest.mark.parametrize("family", ["vector16", "block16"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_strips(backend: Backend, dtype: torch.dtype, family: str) -> None:
+    for *size, density in ((70, 54, 189, 5, 0.08), (40, 64, 176, 8, 0.07), (33, 40, 200, 0, 0.04)):
+        assert 0 < sm.SparsePattern.random(*size[1:3], density, family=family).density <= 0.1
+        compare(tuple(size), density, dtype, backend.device, family, layout="slice")
+
+
+@pytest.mark.parametrize("family", ["vector16", "block16"])
+def test_large_strips_and_slabs(backend: Backend, family: str) -> None:
+    compare((257, 33, 200, 8), 0.08, torch.bfloat16, backend.device, family)
+    compare((33, 20, 4200, 0), 0.01, torch.float16, backend.device, family)
+
+
 def test_large_tiles_and_full_rows(backend: Backend) -> None:
     compare((260, 136, 40, 8), 0.9, torch.bfloat16, backend.device)
 

@@ -7,6 +7,7 @@
 #include "sparse_low_rank/sparse_product_cuda.cuh"
 #include "sparse_low_rank/sparse_rows_cuda.cuh"
 #include "sparse_low_rank/sparse_scatter_cuda.cuh"
+#include "sparse_low_rank/sparse_strips_cuda.cuh"
 #include "sparse_low_rank/sparse_tiles_cuda.cuh"
 
 namespace structmat {
@@ -20,13 +21,22 @@ bool one_group(const SparsePatternView& pattern) {
 Product product_of(std::int64_t tokens, const SparsePatternView& pattern, DType dtype) {
   Product p;
   p.tokens = tokens, p.m = pattern.rows, p.n = pattern.cols, p.nnz = pattern.nnz;
-  p.columns = one_group(pattern), p.dtype = dtype;
+  p.columns = one_group(pattern), p.row_strips = pattern.group == kStrip, p.dtype = dtype;
   return p;
 }
 Product product_of(std::int64_t tokens, const SparseLowRankWeights& weights) {
   Product p = product_of(tokens, weights.pattern, weights.values.dtype);
   p.r = weights.u.cols, p.base = weights.base.data != nullptr;
   return p;
+}
+BackwardSpace backward_space(std::int64_t tokens, const SparseLowRankWeights& weights,
+                             const SparseTransposeView& transpose,
+                             const SparseLowRankGradients& grads, void* workspace) {
+  Product p = product_of(tokens, weights);
+  p.column_strips = transpose.strip == kStrip;
+  const auto has = [](const auto& a) { return a.data != nullptr; };
+  const Wanted wanted{has(grads.x), has(grads.u), has(grads.v), has(grads.values), has(grads.bias)};
+  return BackwardSpace(p, wanted, cuda::multiprocessors(), workspace);
 }
 DType sum_type(DType dtype) {
   return dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -136,9 +146,12 @@ void forward(const Context& context, const ConstMatrixView& x, const SparseLowRa
   if (!keep) hidden = {space.hidden, x.dtype, tokens, r, r};
   if (r > 0) gemm(x, false, w.v, true, hidden);
   if constexpr (half)
-    if (space.way == Way::tiles) {
-      multiply_scattered<T>(context, p, hidden, w.u, w.base, false);
-      return spread_nan<T>(context, x, y, true);
+    if (space.way == Way::tiles || space.way == Way::strips) {
+      if (space.way == Way::tiles)
+        multiply_scattered<T>(context, p, hidden, w.u, w.base, false);
+      else
+        multiply_strips<T>(context, p, {w.pattern, p.values}, hidden, w.u, false, space.strips);
+      return spread_nan<T>(context, x, y, space.way == Way::tiles || r > 0);
     }
   if (r > 0 || base) {
     const MatrixView sums = half ? MatrixView(space.sums, DType::f32, tokens, m, m) : y;
@@ -184,9 +197,15 @@ void input_gradient(const Context& context, const ConstMatrixView& dy, const Con
     round_sums<T>(context, out);
     return spread_nan<T>(context, dy, dx, r > 0 || base);
   }
-  permute<T>(context, w.values.data, transpose.permutation, w.pattern.nnz, space.values);
   SparseProduct p;
   p.x = dy, p.pattern = transpose.pattern, p.values = space.values, p.y = dx;
+  if constexpr (half)
+    if (space.way == Way::strips) {
+      multiply_strips<T>(context, p, {transpose.pattern, w.values.data, transpose.permutation}, dh,
+                         w.v, true, space.strips);
+      return spread_nan<T>(context, dy, dx, r > 0);
+    }
+  permute<T>(context, w.values.data, transpose.permutation, w.pattern.nnz, space.values);
   if constexpr (half)
     if (space.way == Way::tiles) {
       multiply_scattered<T>(context, p, dh, w.v, w.base, true);
@@ -219,8 +238,10 @@ std::size_t sparse_low_rank_linear_workspace_cuda(std::int64_t tokens,
   return ForwardSpace(product_of(tokens, weights), nullptr).bytes;
 }
 std::size_t sparse_low_rank_linear_backward_workspace_cuda(std::int64_t tokens,
-                                                           const SparseLowRankWeights& weights) {
-  return BackwardSpace(product_of(tokens, weights), cuda::multiprocessors(), nullptr).bytes;
+                                                           const SparseLowRankWeights& weights,
+                                                           const SparseTransposeView& transpose,
+                                                           const SparseLowRankGradients& grads) {
+  return backward_space(tokens, weights, transpose, grads, nullptr).bytes;
 }
 std::size_t sampled_matmul_workspace_cuda(std::int64_t tokens, const SparsePatternView& pattern,
                                           DType dtype) {
@@ -240,8 +261,7 @@ void sparse_low_rank_linear_backward_cuda(const Context& context, ConstMatrixVie
                                           const SparseTransposeView& transpose,
                                           ConstMatrixView hidden,
                                           const SparseLowRankGradients& grads) {
-  const Product product = product_of(dy.rows, weights);
-  const BackwardSpace space(product, cuda::multiprocessors(), context.workspace);
+  const BackwardSpace space = backward_space(dy.rows, weights, transpose, grads, context.workspace);
   const Gemms gemm{context, space.gemm};
   const std::int64_t r = weights.u.cols;
   const MatrixView dh(space.hidden, dy.dtype, dy.rows, r, r);
@@ -256,7 +276,8 @@ void sparse_low_rank_linear_backward_cuda(const Context& context, ConstMatrixVie
       input_gradient<T>(context, dy, dh, weights, transpose, space, grads.x);
     if (grads.values.data != nullptr)
       sampled<T>(context, dy, x, weights.pattern,
-                 SampledSpace(product, cuda::multiprocessors(), space.sampled), grads.values.data);
+                 SampledSpace(product_of(dy.rows, weights), cuda::multiprocessors(), space.sampled),
+                 grads.values.data);
   });
 }
 

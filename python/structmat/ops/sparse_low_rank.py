@@ -363,6 +363,7 @@ def _(
     transposed_starts: Tensor | None,
     transposed_columns: Tensor | None,
     permutation: Tensor | None,
+    strip: int,
     hidden: Tensor | None,
     need_x: bool,
     need_V: bool,
@@ -429,10 +430,12 @@ class _SparseLowRankLinear(torch.autograd.Function):
         ):
             found = _differentiable_backward(dy, dh, x, U, V, values, base, hidden, pattern, needs)
         else:
-            transposed: tuple[Tensor | None, ...] = (None, None, None)
+            transposed: tuple[Any, ...] = (None, None, None, 1)
             if need_x:
                 other, permutation = pattern.transpose()
-                transposed = other.starts, other.columns, permutation
+                # Rows in a row with the same columns.
+                strip = pattern.group if pattern.family == "block16" else 1
+                transposed = other.starts, other.columns, permutation, strip
             found = _linear_backward(
                 dy, x, U, V, pattern.starts, pattern.columns, pattern.shape[1], pattern.group,
                 values, base, *transposed, hidden, need_x, need_V, need_values, need_bias,
