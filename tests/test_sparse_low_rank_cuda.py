@@ -66,6 +66,13 @@ def test_few_tokens(backend: Backend, dtype: torch.dtype, tokens: int) -> None:
     compare((tokens, 37, 41, 3), 0.1, dtype, backend.device, base=tokens == 3)
 
 
+# A device that holds two blocks, which then take several pieces each, of h too; m below r.
+def test_few_tokens_on_a_small_device(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRUCTMAT_EMULATE_SMS", "1")
+    compare((19, 37, 41, 3), 0.1, torch.float32, backend.device)
+    compare((1, 7, 2100, 9), 0.1, torch.bfloat16, backend.device)
+
+
 def test_few_tokens_of_more_columns_than_shared_memory_holds(backend: Backend) -> None:
     compare((7, 9, 4200, 2), 0.03, torch.float32, backend.device)
 

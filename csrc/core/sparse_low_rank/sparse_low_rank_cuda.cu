@@ -73,31 +73,24 @@ Joined columns_of(const ConstMatrixView& x, const SparsePatternView& pattern, vo
   return p;
 }
 
-// y = h U^T + x base^T + x S^T + bias in two launches, or one without low rank; `sums` is (T, m).
+// y = h U^T + x base^T + x S^T + bias, in one launch but for `base` and an `hidden` to be kept;
+// `sums` is (T, m).
 template <class T>
 void forward_few(const Context& context, SparseProduct p, const SparseLowRankWeights& w,
                  const ForwardSpace& space, const MatrixView& hidden) {
   const std::int64_t tokens = p.x.rows, m = w.pattern.rows, r = w.u.cols;
-  const bool base = w.base.data != nullptr, keep = hidden.data != nullptr;
+  const bool base = w.base.data != nullptr, keep = hidden.data != nullptr && r > 0;
   const Gemms gemm{context, space.gemm};
-  const MatrixView y = p.y, sums(space.sums, sum_type(p.x.dtype), tokens, m, m);
+  const MatrixView sums(space.sums, sum_type(p.x.dtype), tokens, m, m);
   if (base) gemm(p.x, false, w.base, true, sums);
-  if (keep && r > 0) {
+  if (keep) {
     gemm(p.x, false, w.v, true, hidden);
     gemm(hidden, false, w.u, true, sums, base ? 1 : 0);
   }
-  if (base || (keep && r > 0)) p.sums = sums.data, p.sums_stride = m;
-  // h is wanted, or there is none.
-  if (keep || r == 0) return multiply_few<T>(context, p, false, space.first, {}, nullptr);
-  p.y = sums;
-  multiply_few<T>(context, p, true, space.first, w.v, space.hidden);
-  low_rank::DecodeArgs second{};
-  second.weight = w.u.data, second.weight_stride = w.u.row_stride;
-  second.rows = m, second.cols = r, second.tokens = tokens;
-  second.in = space.hidden, second.in_splits = space.first.splits;
-  second.sums = sums.data, second.bias = p.bias;
-  second.out = y.data, second.out_stride = y.row_stride;
-  low_rank::decode<T, false>(context, low_rank::decode_phase(tokens, m, r, false), second);
+  if (base || keep) p.sums = sums.data, p.sums_stride = m;
+  if (keep || r == 0) return multiply_few<T>(context, p);
+  const FewLowRank low{w.v, w.u, space.first, space.hidden, space.sums};
+  multiply_few<T>(context, p, &low);
 }
 
 template <class T>
@@ -215,7 +208,7 @@ void input_gradient(const Context& context, const ConstMatrixView& dy, const Con
     dense_part();
     p.sums = sums.data, p.sums_stride = sums.row_stride;
   }
-  if (space.way == Way::few) return multiply_few<T>(context, p, false, {}, {}, nullptr);
+  if (space.way == Way::few) return multiply_few<T>(context, p);
   multiply_sparse<T>(context, p);
 }
 

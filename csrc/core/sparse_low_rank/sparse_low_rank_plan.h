@@ -17,7 +17,7 @@ namespace structmat::sparse_low_rank {
 
 enum class Way : int {
   columns,  // every row has the same columns: gathered, then dense products
-  few,      // few tokens: lanes over entries; two launches, h beside the sparse product
+  few,      // few tokens: lanes over entries; one launch, h beside the sparse product
   sparse,   // a warp per row, lanes over tokens; x in shared memory
   strips,   // tensor cores; strips of 16 rows have the same columns, which are gathered
   tiles,    // tensor cores; tiles of S are scattered into shared memory
