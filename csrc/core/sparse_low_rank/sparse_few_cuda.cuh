@@ -155,9 +155,10 @@ __global__ void __launch_bounds__(low_rank::kWarps * 32, 2) few_tokens_kernel(Fe
                               blockIdx.x / args.sparse_rows, false);
 }
 
-// All blocks are on the device together.
+// All blocks are on the device together; two on a multiprocessor, but that float64 would spill.
 template <class T, int kTokens, int kRows>
-__global__ void __launch_bounds__(low_rank::kWarps * 32, 2) few_low_rank_kernel(FewArgs args) {
+__global__ void __launch_bounds__(low_rank::kWarps * 32, sizeof(T) == 8 && kTokens == 8 ? 1 : 2)
+    few_low_rank_kernel(FewArgs args) {
   using Sum = accumulator_t<T>;
   using Shared = FewTile<T, kTokens>;
   SM_DYNAMIC_SHARED(unsigned char, shared);
