@@ -196,20 +196,19 @@ def test_opcheck(family: str) -> None:
     for low_rank, keep in (((U, V), True), ((U, V), False), ((None, None), False)):
         torch.library.opcheck(
             ops.sparse_low_rank_linear.default,
-            (x, *low_rank, *index, 18, pattern.group, values, bias, base, keep),
+            (x, *low_rank, *index, 18, 20, pattern.group, values, bias, base, keep),
         )
     dy, h = make(3, 18), make(3, 2)
     other, permutation = pattern.transpose()
     transposed = other.starts, other.columns, permutation
     backward = ops.sparse_low_rank_linear_backward.default
-    weights = U, V, *index, 20, pattern.group, values, base
+    weights = U, V, *index, 18, 20, pattern.group, values, base
     torch.library.opcheck(backward, (dy, x, *weights, *transposed, h, True, True, True, True))
     none = None, None, None, None
     torch.library.opcheck(backward, (dy, x, *weights, *none, False, False, True, False))
-    torch.library.opcheck(ops.sampled_matmul.default, (dy, x, *index, pattern.group, pattern.nnz))
-    torch.library.opcheck(
-        ops.sparse_transpose.default, (*index, 18, 20, pattern.group, pattern.nnz)
-    )
+    like = 18, 20, pattern.group, pattern.nnz
+    torch.library.opcheck(ops.sampled_matmul.default, (dy, x, *index, *like))
+    torch.library.opcheck(ops.sparse_transpose.default, (*index, *like))
     torch.library.opcheck(ops.random_subsets.default, (index[0], 2, 9, 3, 1))
 
 
@@ -348,8 +347,16 @@ def test_bad_arguments_of_the_others() -> None:
         sm.ops.sampled_matmul(dy.double(), x, PATTERN)
     op, index = torch.ops.structmat.sparse_low_rank_linear, (PATTERN.starts, PATTERN.columns)
     with pytest.raises(RuntimeError, match="starts has 5 elements, wanted 6"):
-        op(x, None, None, *index, 5, 1, torch.ones(6), None, None, False)
+        op(x, None, None, *index, 5, 6, 1, torch.ones(6), None, None, False)
     with pytest.raises(RuntimeError, match="5 values do not fit 6 columns"):
-        op(x, None, None, *index, 4, 1, torch.ones(5), None, None, False)
+        op(x, None, None, *index, 4, 6, 1, torch.ones(5), None, None, False)
     with pytest.raises(RuntimeError, match="U and V are given together"):
-        op(x, GOOD["U"], None, *index, 4, 1, torch.ones(6), None, None, False)
+        op(x, GOOD["U"], None, *index, 4, 6, 1, torch.ones(6), None, None, False)
+    # What differs by less than a slab shows in no size of the index.
+    with pytest.raises(RuntimeError, match=r"x is \(3, 7\), wanted \(3, 6\)"):
+        op(torch.ones(3, 7), None, None, *index, 4, 6, 1, torch.ones(6), None, None, False)
+    sampled = torch.ops.structmat.sampled_matmul
+    with pytest.raises(RuntimeError, match=r"x is \(3, 7\), wanted \(3, 6\)"):
+        sampled(dy, torch.ones(3, 7), *index, 4, 6, 1, 6)
+    with pytest.raises(RuntimeError, match=r"dy is \(3, 3\), wanted \(3, 4\)"):
+        sampled(dy[:, :3], x, *index, 4, 6, 1, 6)

@@ -229,14 +229,16 @@ def _call(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     found: tuple[Tensor, Tensor] = _linear(
-        x, U, V, pattern.starts, pattern.columns, pattern.shape[0], pattern.group, values, bias,
+        x, U, V, pattern.starts, pattern.columns, *pattern.shape, pattern.group, values, bias,
         base, keep_hidden,
     )  # fmt: skip
     return found
 
 
 def _call_sampled(dy: Tensor, x: Tensor, pattern: SparsePattern) -> Tensor:
-    found: Tensor = _sampled(dy, x, pattern.starts, pattern.columns, pattern.group, pattern.nnz)
+    found: Tensor = _sampled(
+        dy, x, pattern.starts, pattern.columns, *pattern.shape, pattern.group, pattern.nnz
+    )
     return found
 
 
@@ -337,6 +339,7 @@ def _(
     starts: Tensor,
     columns: Tensor,
     rows: int,
+    cols: int,
     group: int,
     values: Tensor,
     bias: Tensor | None,
@@ -356,6 +359,7 @@ def _(
     V: Tensor | None,
     starts: Tensor,
     columns: Tensor,
+    rows: int,
     cols: int,
     group: int,
     values: Tensor,
@@ -381,7 +385,16 @@ def _(
 
 
 @torch.library.register_fake("structmat::sampled_matmul")
-def _(dy: Tensor, x: Tensor, starts: Tensor, columns: Tensor, group: int, nnz: int) -> Tensor:
+def _(
+    dy: Tensor,
+    x: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    rows: int,
+    cols: int,
+    group: int,
+    nnz: int,
+) -> Tensor:
     _check_devices("sampled_matmul", dy, x, starts, columns)
     return dy.new_empty((nnz,))
 
@@ -434,7 +447,7 @@ class _SparseLowRankLinear(torch.autograd.Function):
                 other, permutation = pattern.transpose()
                 transposed = other.starts, other.columns, permutation
             found = _linear_backward(
-                dy, x, U, V, pattern.starts, pattern.columns, pattern.shape[1], pattern.group,
+                dy, x, U, V, pattern.starts, pattern.columns, *pattern.shape, pattern.group,
                 values, base, *transposed, hidden, need_x, need_V, need_values, need_bias,
             )  # fmt: skip
         grads = (g if need else None for g, need in zip(found, needs, strict=True))
