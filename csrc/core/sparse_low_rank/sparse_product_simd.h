@@ -286,7 +286,8 @@ struct SparseProduct {
     for (std::int64_t i = 0; i < tiles.count; ++i) {
       const Tile t = tile(tiles[i], threads, memory);
       parallel_for(lent, threads, [&](std::int64_t part) { load(t, x, part); });
-      in_parts(r, kMicroRows, r + kMicroRows,
+      // Whole vectors: what is stored transposed is read in squares of them.
+      in_parts(r, w, r + w,
                [&](std::int64_t k0, std::int64_t k1) { hidden(t, x, k0, k1, hidden_out); });
       in_parts(k, kMicroRows, k + kMicroRows,
                [&](std::int64_t e0, std::int64_t e1) { gather(t, x, e0, e1); });
