@@ -143,7 +143,7 @@ def _layer(stored: dict[str, Any]) -> nn.Module:
     m, n, rank, blocks, bias = (stored[key] for key in ("m", "n", "rank", "n_blocks", "bias"))
     if stored["density"] is not None:
         density, family = stored["density"], stored["family"]
-        base = torch.empty(m, n, device="meta") if stored.get("base") else None
+        base = torch.empty(m, n, device="meta") if stored["base"] else None
         like: dict[str, Any] = {"family": family, "bias": bias, "base": base, "device": "meta"}
         return SparseLowRankLinear(n, m, rank, density, **like)
     if blocks is None:
@@ -220,7 +220,7 @@ def _read(folder: Path) -> _Stored:
             model_class=str(stored["class"]),
             layers=[
                 {key: layer[key] for key in keys}
-                | {key: layer.get(key) for key in ("n_blocks", "density", "family")}
+                | {key: layer.get(key) for key in ("n_blocks", "density", "family", "base")}
                 for layer in stored["layers"]
             ],
             shared=dict(stored["shared"]),
