@@ -11,7 +11,7 @@ from ..sparse_pattern import SparsePattern
 from ..sparse_pattern.selection import best, covered
 from .moments import Moments, inner
 
-_SWEEPS = 3  # of subspace iteration before the first support is chosen
+_SWEEPS = 6  # of subspace iteration before the first support is chosen
 _STALLED = 1e-4  # of the squared error: an iteration that takes less is the last
 _EXACT = 4.0  # roundings of W: nothing but these is left
 
@@ -49,7 +49,8 @@ def nearest(W: Tensor, rank: int, wanted: int, family: str, iterations: int, see
         kept = P, V, chosen
         if rank == 0 or len(losses) == iterations or _done(losses, whole, W.dtype):
             break
-        P_new = orthonormalize(E @ V.T + P @ (V @ V.T))
+        V_old = V + P.T @ E
+        P_new = orthonormalize(E @ V_old.T + P @ (V @ V_old.T))
         V = P_new.T @ E + (P_new.T @ P) @ V
         P = P_new
         torch.addmm(W, P, V, alpha=-1, out=E)
@@ -82,7 +83,7 @@ def nearest_in(
         if i and rank:
             G = F + P @ C.times(V)
             X = W - S
-            P_new = orthonormalize(G @ V.T)  # spans the best U for the rows of V
+            P_new = orthonormalize(G @ (X.T @ P))
             V_new, H = P_new.T @ X, P_new.T @ G
             E_new, F_new = X - P_new @ V_new, G - P_new @ H
             found = inner(E_new, F_new)
