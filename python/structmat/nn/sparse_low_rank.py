@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``y = x (U V + S)^T + b``: a linear layer with a weight of low rank plus a sparse one."""
+"""``y = x (U V + S)^T + b``: a linear layer with a weight of low rank plus a sparse one, beside a
+frozen one or without."""
 
 import math
 from collections.abc import Callable
@@ -28,7 +29,8 @@ class SparseLowRankLinear(nn.Module):
 
     ``y = x (U V + S)^T + bias`` maps ``(..., n)`` to ``(..., m)`` with
     ``rank (m + n) + density m n`` weights instead of ``m n``, and no gradient of ``m n`` numbers
-    either.
+    either. For fine-tuning a ``base`` is added, a dense matrix that is not trained: ``y = x (base +
+    U V + S)^T + bias``.
 
     Args:
         in_features: ``n``.
@@ -42,21 +44,25 @@ class SparseLowRankLinear(nn.Module):
         seed: of the support; ``None`` lets torch's generator draw one, kept as ``pattern.seed``, so
             that layers differ and ``torch.manual_seed`` decides.
         device, dtype: of the parameters.
+        base: ``(m, n)``, on that device and of that dtype; beside float32 also bfloat16 or float16.
+            Taken as it is, not copied.
 
     Attributes:
         U: ``(m, r)``.
         V: ``(r, n)``.
         values: ``(nnz,)``, the entries of ``S`` in the order of the pattern.
         bias: ``(m,)`` or ``None``.
+        base: ``(m, n)``, a parameter without gradient, or ``None``.
         pattern: the :class:`structmat.SparsePattern` of ``S``. Its index lies in the buffers
             ``starts`` and ``columns`` (as bytes, which all means of communication carry), so that
             ``state_dict`` is complete and loading takes the support with the values.
-        weight: ``U V + S (m, n)``, computed when it is used.
+        weight: ``U V + S (m, n)``, and ``base``, computed when it is used.
 
     Raises:
-        TypeError: a size is no integer, or dtype none of float32, float64, bfloat16 and float16.
-        ValueError: a size is below one, ``rank`` above ``min(m, n)``, ``density`` out of range, or
-            an option is unknown.
+        TypeError: a size is no integer, dtype none of float32, float64, bfloat16 and float16, or
+            base is no tensor of a dtype that goes with it.
+        ValueError: a size is below one, ``rank`` above ``min(m, n)``, ``density`` out of range, an
+            option is unknown, base has another shape or device, or ``init`` is ``"lost"`` with one.
 
     Cost: ``2 (r (m + n) + nnz)`` FLOPs a row, see :func:`structmat.ops.sparse_low_rank_linear`.
 
@@ -78,6 +84,7 @@ class SparseLowRankLinear(nn.Module):
     V: nn.Parameter
     values: nn.Parameter
     bias: nn.Parameter | None
+    base: nn.Parameter | None
     starts: Tensor
     columns: Tensor
 
@@ -94,6 +101,7 @@ class SparseLowRankLinear(nn.Module):
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        base: Tensor | None = None,
     ) -> None:
         super().__init__()
         check_sizes("SparseLowRankLinear", in_features, out_features, None)
@@ -118,6 +126,10 @@ class SparseLowRankLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features, **like))
         else:
             self.register_parameter("bias", None)
+        self.register_parameter("base", None)
+        if base is not None:
+            _check_base(base, self.U, (out_features, in_features), init)
+            self.base = nn.Parameter(base.detach(), requires_grad=False)
         self._take(pattern)
         self.reset_parameters()
 
@@ -214,7 +226,8 @@ class SparseLowRankLinear(nn.Module):
         """Draws the parameters, as ``init`` says; the bias is zero.
 
         ``"sltrain"``: ``V`` and ``values`` by ``U(-1/sqrt(n), 1/sqrt(n))``, ``U`` zero, so that
-        training begins from the sparse matrix alone. The support stays.
+        training begins from the sparse matrix alone. The support stays. With a base ``values`` are
+        zero, too: it begins from the base.
 
         ``"lost"``: a matrix by ``N(0, 1/n)``, split in one step: ``U V`` is the head of its SVD,
         and ``S`` the part of the residual that has the largest norm, with the published
@@ -229,6 +242,8 @@ class SparseLowRankLinear(nn.Module):
             nn.init.uniform_(self.V, -scale, scale)
             nn.init.uniform_(self.values, -scale, scale)
             nn.init.zeros_(self.U)
+            if self.base is not None:
+                nn.init.zeros_(self.values)
         elif not self.V.is_meta:
             W = torch.empty(self.out_features, self.in_features, device=self.V.device)
             nn.init.normal_(W, std=scale)
@@ -241,7 +256,8 @@ class SparseLowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``W = U V + S``, for code that reads the weight of a dense layer. Not a parameter.
+        """``W = U V + S``, or ``base + U V + S``, for code that reads the weight of a dense layer.
+        Not a parameter.
 
         Its dtype, device and shape cost nothing; any other use computes the matrix, ``2 m n r``
         FLOPs each time and ``m n`` numbers of memory, and gradients flow to ``U``, ``V`` and
@@ -253,13 +269,18 @@ class SparseLowRankLinear(nn.Module):
         """
         shape = self.out_features, self.in_features
         parts: dict[str, Tensor] = {"U": self.U, "V": self.V, "values": self.values}
+        if self.base is not None:
+            parts["base"] = self.base
         return product("SparseLowRankLinear", shape, parts, self._dense)
 
-    def _dense(self, U: Tensor, V: Tensor, values: Tensor) -> Tensor:
-        return U @ V + self.pattern.scatter(values)
+    def _dense(self, U: Tensor, V: Tensor, values: Tensor, base: Tensor | None = None) -> Tensor:
+        W = U @ V + self.pattern.scatter(values)
+        return W if base is None else base + W
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.sparse_low_rank_linear(x, self.U, self.V, self.pattern, self.values, self.bias)
+        return ops.sparse_low_rank_linear(
+            x, self.U, self.V, self.pattern, self.values, self.bias, base=self.base
+        )
 
     @classmethod
     def from_linear(
@@ -298,6 +319,57 @@ class SparseLowRankLinear(nn.Module):
         return layer.train(linear.training)
 
     @classmethod
+    def beside(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        density: float,
+        *,
+        family: str = "uniform",
+        seed: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "SparseLowRankLinear":
+        """A layer that fine-tunes an ``nn.Linear``: ``W = base + U V + S`` with its weight frozen.
+
+        It computes what the given one does until it is trained. ``base`` is that layer's weight,
+        not a copy; the bias, if it has one, is copied and is trained, too.
+
+        Args:
+            linear: the dense layer, left as it is.
+            rank, density, family, seed: as those of the constructor.
+            dtype: of what is trained, the weight's by default. With float32 a weight in bfloat16 or
+                float16 stays so; the layer then takes float32, or whatever ``torch.autocast`` says.
+
+        Raises:
+            TypeError: ``linear`` is no ``nn.Linear``, or ``dtype`` is none that goes with its.
+            ValueError: bad rank, density or family, NaN or Inf in the weight.
+
+        Example:
+            >>> import torch, structmat as sm
+            >>> dense = torch.nn.Linear(64, 32).bfloat16()
+            >>> layer = sm.nn.SparseLowRankLinear.beside(dense, 4, 0.02, dtype=torch.float32)
+            >>> layer.base.dtype, [name for name, p in layer.named_parameters() if p.requires_grad]
+            (torch.bfloat16, ['U', 'V', 'values', 'bias'])
+        """
+        base = finite_weight("SparseLowRankLinear.beside", linear)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            rank,
+            density,
+            family=family,
+            bias=linear.bias is not None,
+            seed=seed,
+            device=base.device,
+            dtype=base.dtype if dtype is None else dtype,
+            base=base,
+        )
+        if layer.bias is not None:
+            with torch.no_grad():
+                layer.bias.copy_(linear.bias)
+        return layer.train(linear.training)
+
+    @classmethod
     def _of(cls, found: "SparseLowRank", density: float) -> "SparseLowRankLinear":
         """A layer, without bias, that takes these very tensors."""
         m, n = found.pattern.shape
@@ -310,9 +382,9 @@ class SparseLowRankLinear(nn.Module):
         return layer
 
     def to_linear(self) -> nn.Linear:
-        """The dense layer with ``W = U V + S``, of the same dtype and device."""
-        U, V, values = (a.detach().double() for a in (self.U, self.V, self.values))
-        return dense_like(self, self._dense(U, V, values), self.U)
+        """The dense layer with this ``weight``, of the dtype of ``U`` and its device."""
+        parts = self.U, self.V, self.values, *([] if self.base is None else [self.base])
+        return dense_like(self, self._dense(*(a.detach().double() for a in parts)), self.U)
 
     @torch.no_grad()
     def reselect(self, scores: Tensor) -> Reselection:
@@ -426,6 +498,7 @@ class SparseLowRankLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"nnz={self.values.numel()}, family={self.family!r}, bias={self.bias is not None}"
+            + ("" if self.base is None else f", base={self.base.dtype}")
         )
 
 
@@ -440,6 +513,21 @@ def _same_index(pattern: SparsePattern, starts: Tensor, columns: Tensor) -> bool
         return False
     a, b = here.view(torch.uint8), columns.view(torch.uint8)
     return torch.equal(pattern.starts.to(starts.device), starts) and torch.equal(a.to(b.device), b)
+
+
+def _check_base(base: Any, like: Tensor, shape: tuple[int, int], init: str) -> None:
+    op = "SparseLowRankLinear"
+    if not isinstance(base, Tensor):
+        raise TypeError(f"{op}: base must be a tensor, got {type(base).__name__}")
+    narrow = like.dtype == torch.float32 and base.dtype in (torch.bfloat16, torch.float16)
+    if base.dtype != like.dtype and not narrow:
+        raise TypeError(f"{op}: base is {base.dtype}, which does not go with {like.dtype}")
+    if tuple(base.shape) != shape or base.device != like.device:
+        raise ValueError(
+            f"{op}: base is {tuple(base.shape)} on {base.device}, wanted {shape} on {like.device}"
+        )
+    if init != "sltrain":
+        raise ValueError(f"{op}: init {init!r} splits a drawn matrix; with a base it is 'sltrain'")
 
 
 def _check_rank(op: str, rank: int, m: int, n: int) -> None:

@@ -82,7 +82,8 @@ def sparse_low_rank_linear(
         pattern: of shape ``(m, n)``, on the device of ``x``.
         values: ``(nnz,)``, in the order of the pattern.
         bias: ``(m,)`` or ``None``.
-        base: ``(m, n)`` or ``None``: a weight that is not trained, as in fine-tuning.
+        base: ``(m, n)`` or ``None``: a weight that is not trained, as in fine-tuning; beside
+            float32 also bfloat16 or float16.
 
     Returns:
         ``(..., m)``. Any size may be zero, ``r`` and the number of values among them.
@@ -99,6 +100,9 @@ def sparse_low_rank_linear(
     the pattern, once. ``torch.func`` transforms, forward-mode differentiation, ``torch.export`` and
     ``torch.jit.trace`` take torch's own products instead, and for these alone ``S`` is scattered
     into a dense matrix.
+
+    A 16-bit ``base`` beside float32 is widened part by part, 1 MB or so at a time on the CPU and 32
+    MB on CUDA, so that it takes no more memory than its two bytes a number.
 
     Sums are kept in float32 (float64 for float64) and rounded once; on CUDA 16-bit types may round
     ``h`` before ``U`` takes it, or from 1,024 rows on ``U V + S``, as well. A row of ``x`` with a
@@ -229,14 +233,41 @@ def _call(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     found: tuple[Tensor, Tensor] = _linear(
-        x, U, V, pattern.starts, pattern.columns, pattern.shape[0], pattern.group, values, bias,
+        x, U, V, pattern.starts, pattern.columns, *pattern.shape, pattern.group, values, bias,
         base, keep_hidden,
     )  # fmt: skip
     return found
 
 
+def _call_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    U: Tensor | None,
+    V: Tensor | None,
+    pattern: SparsePattern,
+    values: Tensor,
+    base: Tensor | None,
+    hidden: Tensor | None,
+    wanted: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, ...]:
+    """``dx, dU, dV, dvalues, dbias``; ``wanted`` tells which of them but dU, wanted with hidden."""
+    transposed: tuple[Any, ...] = (None, None, None, 1)
+    if wanted[0]:
+        other, permutation = pattern.transpose()
+        # Rows in a row with the same columns.
+        strip = pattern.group if pattern.family == "block16" else 1
+        transposed = other.starts, other.columns, permutation, strip
+    found: tuple[Tensor, ...] = _linear_backward(
+        dy, x, U, V, pattern.starts, pattern.columns, *pattern.shape, pattern.group, values, base,
+        *transposed, hidden, *wanted,
+    )  # fmt: skip
+    return found
+
+
 def _call_sampled(dy: Tensor, x: Tensor, pattern: SparsePattern) -> Tensor:
-    found: Tensor = _sampled(dy, x, pattern.starts, pattern.columns, pattern.group, pattern.nnz)
+    found: Tensor = _sampled(
+        dy, x, pattern.starts, pattern.columns, *pattern.shape, pattern.group, pattern.nnz
+    )
     return found
 
 
@@ -273,8 +304,11 @@ def _check(
     if low_rank or U is not None or V is not None:
         given |= {"U": U, "V": V}
     given |= {"values": values}
-    given |= {name: a for name, a in (("bias", bias), ("base", base)) if a is not None}
+    if bias is not None:
+        given["bias"] = bias
     check_tensors(op, given)
+    if base is not None:
+        _check_base(op, x, base)
     _check_pattern(op, "x", x, pattern)
     m, n = pattern.shape
     if x.shape[-1] != n:
@@ -302,6 +336,16 @@ def _check(
             raise ValueError(
                 f"{op}: base is frozen and cannot require a gradient; give base.detach()"
             )
+
+
+def _check_base(op: str, x: Tensor, base: Any) -> None:
+    narrow = isinstance(base, Tensor) and base.dtype in (torch.bfloat16, torch.float16)
+    if not narrow or x.dtype != torch.float32:
+        check_tensors(op, {"x": x, "base": base})
+    elif base.layout != torch.strided:
+        raise TypeError(f"{op}: base must be dense, got layout {base.layout}")
+    elif base.device != x.device:
+        raise ValueError(f"{op}: base is on {base.device}, x on {x.device}")
 
 
 def _check_sampled(dy: Any, x: Any, pattern: Any) -> None:
@@ -337,6 +381,7 @@ def _(
     starts: Tensor,
     columns: Tensor,
     rows: int,
+    cols: int,
     group: int,
     values: Tensor,
     bias: Tensor | None,
@@ -356,6 +401,7 @@ def _(
     V: Tensor | None,
     starts: Tensor,
     columns: Tensor,
+    rows: int,
     cols: int,
     group: int,
     values: Tensor,
@@ -382,7 +428,16 @@ def _(
 
 
 @torch.library.register_fake("structmat::sampled_matmul")
-def _(dy: Tensor, x: Tensor, starts: Tensor, columns: Tensor, group: int, nnz: int) -> Tensor:
+def _(
+    dy: Tensor,
+    x: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    rows: int,
+    cols: int,
+    group: int,
+    nnz: int,
+) -> Tensor:
     _check_devices("sampled_matmul", dy, x, starts, columns)
     return dy.new_empty((nnz,))
 
@@ -430,16 +485,8 @@ class _SparseLowRankLinear(torch.autograd.Function):
         ):
             found = _differentiable_backward(dy, dh, x, U, V, values, base, hidden, pattern, needs)
         else:
-            transposed: tuple[Any, ...] = (None, None, None, 1)
-            if need_x:
-                other, permutation = pattern.transpose()
-                # Rows in a row with the same columns.
-                strip = pattern.group if pattern.family == "block16" else 1
-                transposed = other.starts, other.columns, permutation, strip
-            found = _linear_backward(
-                dy, x, U, V, pattern.starts, pattern.columns, pattern.shape[1], pattern.group,
-                values, base, *transposed, hidden, need_x, need_V, need_values, need_bias,
-            )  # fmt: skip
+            wanted = need_x, need_V, need_values, need_bias
+            found = _call_backward(dy, x, U, V, pattern, values, base, hidden, wanted)
         grads = (g if need else None for g, need in zip(found, needs, strict=True))
         return *grads, None, None, None
 
@@ -471,18 +518,49 @@ def _differentiable_backward(
             dvalues = sampled(dy, x, pattern)
         if need_bias:
             dbias = rows_of(dy).sum(0)
-        if need_x and values is not None:
-            other, permutation = pattern.transpose()
-            dx = sparse_linear(dy, other, values[permutation])
-            if base is not None:
-                dx = dx + dy @ base
-        if U is not None:
-            dh = dy @ U if dh is None else dy @ U + dh
+        if need_x:
+            dx = _InputGradient.apply(dy, U, V, values, base, pattern)
     if dh is not None and V is not None and need_x:
         dx = dh @ V if dx is None else dx + dh @ V
+    if dy is not None and U is not None:
+        dh = dy @ U if dh is None else dy @ U + dh
     if dh is not None and x is not None and need_V:
         dV = rows_of(dh).T @ rows_of(x)
     return dx, dU, dV, dvalues, dbias
+
+
+class _InputGradient(torch.autograd.Function):
+    """``dy (base + U V + S)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dy: Tensor,
+        U: Tensor | None,
+        V: Tensor | None,
+        values: Tensor,
+        base: Tensor | None,
+        pattern: SparsePattern,
+    ) -> Tensor:
+        ctx.save_for_backward(dy, U, V, values, base)
+        ctx.pattern = pattern
+        wanted = True, False, False, False
+        return _call_backward(dy, None, U, V, pattern, values, base, None, wanted)[0]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        dy, U, V, values, base = ctx.saved_tensors
+        need_dy, need_U, need_V, need_values, *_ = ctx.needs_input_grad
+        ddy = dU = dV = dvalues = None
+        if need_dy:
+            ddy = _product("sparse_low_rank_linear", g, U, V, ctx.pattern, values, None, base)
+        if need_U:
+            dU = rows_of(dy).T @ rows_of(g @ V.T)
+        if need_V:
+            dV = rows_of(dy @ U).T @ rows_of(g)
+        if need_values:
+            dvalues = sampled_matmul(dy, g, ctx.pattern)
+        return ddy, dU, dV, dvalues, None, None
 
 
 class _SampledMatmul(torch.autograd.Function):
