@@ -42,6 +42,50 @@ def test_forward_saving_and_devices(family: str, init: str, rank: int, density: 
         assert late.pattern == Layer(40, 33, rank, density, **like).pattern
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float32])
+def test_beside_a_frozen_layer(narrow: torch.dtype, tmp_path) -> None:
+    linear = nn.Linear(40, 33, dtype=narrow)
+    layer = Layer.beside(linear, 3, 0.1, seed=1, dtype=torch.float32)
+    x = torch.randn(2, 3, 40)
+    want = x @ linear.weight.float().T + linear.bias.float()
+    torch.testing.assert_close(layer(x), want)
+    assert layer.base.data_ptr() == linear.weight.data_ptr()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(2):  # U is zero in the first
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(layer.base, linear.weight)
+    assert all(p.grad.any() for name, p in layer.named_parameters() if name != "base")
+    W = linear.weight.double() + layer.U.double() @ layer.V.double()
+    W += layer.pattern.scatter(layer.values.double())
+    torch.testing.assert_close(layer.weight.double(), W, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.to_linear().weight.double(), W, rtol=1e-5, atol=1e-5)
+    assert repr(layer).endswith(f"base={narrow})")
+
+    other = Layer.beside(nn.Linear(40, 33, dtype=narrow), 3, 0.1, dtype=torch.float32)
+    other.load_state_dict(layer.state_dict())
+    sm.save_pretrained(nn.Sequential(layer), tmp_path)
+    loaded = sm.load_pretrained(tmp_path, model=nn.Sequential(nn.Linear(40, 33)))[0]
+    for twin in (other, copy.deepcopy(layer), loaded):
+        assert torch.equal(twin(x), layer(x))
+        assert twin.base.dtype == narrow
+        assert not twin.base.requires_grad
+    other.reset_parameters()
+    torch.testing.assert_close(other(x), x @ linear.weight.float().T)
+
+
+def test_a_base_that_does_not_go_with_the_layer() -> None:
+    with pytest.raises(TypeError, match=r"base is torch\.float32, which does not go with"):
+        Layer(4, 3, 1, 0.5, base=torch.ones(3, 4), dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"base is \(4, 3\) on cpu, wanted \(3, 4\) on cpu"):
+        Layer(4, 3, 1, 0.5, base=torch.ones(4, 3))
+    with pytest.raises(ValueError, match="init 'lost' splits a drawn matrix"):
+        Layer(4, 3, 1, 0.5, base=torch.ones(3, 4), init="lost")
+    with pytest.raises(TypeError, match="base must be a tensor, got list"):
+        Layer(4, 3, 1, 0.5, base=[1.0])
+
+
 def test_a_spoiled_support_is_not_loaded() -> None:
     layer = Layer(40, 33, 3, 0.2)
     state = layer.state_dict()

@@ -70,15 +70,15 @@ STRUCTMAT_LIBRARY(m) {
       "Tensor? dVh, bool center) -> Tensor");
   m.def("random_subsets(Tensor like, int groups, int count, int per_group, int seed) -> Tensor");
   m.def(
-      "sampled_matmul(Tensor dy, Tensor x, Tensor starts, Tensor columns, int group, int nnz) -> "
-      "Tensor");
+      "sampled_matmul(Tensor dy, Tensor x, Tensor starts, Tensor columns, int rows, int cols, "
+      "int group, int nnz) -> Tensor");
   m.def(
       "sparse_low_rank_linear(Tensor x, Tensor? U, Tensor? V, Tensor starts, Tensor columns, "
-      "int rows, int group, Tensor values, Tensor? bias, Tensor? base, bool keep_hidden) -> "
-      "(Tensor y, Tensor hidden)");
+      "int rows, int cols, int group, Tensor values, Tensor? bias, Tensor? base, bool keep_hidden) "
+      "-> (Tensor y, Tensor hidden)");
   m.def(
       "sparse_low_rank_linear_backward(Tensor dy, Tensor? x, Tensor? U, Tensor? V, Tensor starts, "
-      "Tensor columns, int cols, int group, Tensor values, Tensor? base, "
+      "Tensor columns, int rows, int cols, int group, Tensor values, Tensor? base, "
       "Tensor? transposed_starts, Tensor? transposed_columns, Tensor? permutation, "
       "Tensor? hidden, bool need_x, bool need_V, bool need_values, bool need_bias) -> "
       "(Tensor dx, Tensor dU, Tensor dV, Tensor dvalues, Tensor dbias)");

@@ -80,14 +80,14 @@ struct Parts {
 std::tuple<Tensor, Tensor> sparse_low_rank_linear(const Tensor& x, const OptionalTensor& U,
                                                   const OptionalTensor& V, const Tensor& starts,
                                                   const Tensor& columns, std::int64_t rows,
-                                                  std::int64_t group, const Tensor& values,
-                                                  const OptionalTensor& bias,
+                                                  std::int64_t cols, std::int64_t group,
+                                                  const Tensor& values, const OptionalTensor& bias,
                                                   const OptionalTensor& base, bool keep_hidden) {
   constexpr const char* op = "sparse_low_rank_linear";
   const Rows x_rows(x, op, "x");
   const std::int64_t tokens = x_rows.view.rows;
   const SparsePatternView pattern =
-      pattern_view(op, x, starts, columns, rows, x_rows.view.cols, group, values.numel());
+      pattern_view(op, x, starts, columns, rows, cols, group, values.numel());
   const Parts parts(op, x, U, V, pattern, values, base);
   const Bias b(x, bias, op);
   Scope scope(x);
@@ -105,14 +105,15 @@ std::tuple<Tensor, Tensor> sparse_low_rank_linear(const Tensor& x, const Optiona
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_low_rank_linear_backward(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& U, const OptionalTensor& V,
-    const Tensor& starts, const Tensor& columns, std::int64_t cols, std::int64_t group,
-    const Tensor& values, const OptionalTensor& base, const OptionalTensor& transposed_starts,
-    const OptionalTensor& transposed_columns, const OptionalTensor& permutation,
-    const OptionalTensor& hidden, bool need_x, bool need_V, bool need_values, bool need_bias) {
+    const Tensor& starts, const Tensor& columns, std::int64_t rows, std::int64_t cols,
+    std::int64_t group, const Tensor& values, const OptionalTensor& base,
+    const OptionalTensor& transposed_starts, const OptionalTensor& transposed_columns,
+    const OptionalTensor& permutation, const OptionalTensor& hidden, bool need_x, bool need_V,
+    bool need_values, bool need_bias) {
   constexpr const char* op = "sparse_low_rank_linear_backward";
   const Rows dy_rows(dy, op, "dy");
   const DType dtype = dy_rows.view.dtype;
-  const std::int64_t tokens = dy_rows.view.rows, m = dy_rows.view.cols, nnz = values.numel();
+  const std::int64_t tokens = dy_rows.view.rows, m = rows, nnz = values.numel();
   const SparsePatternView pattern = pattern_view(op, dy, starts, columns, m, cols, group, nnz);
   const Parts parts(op, dy, U, V, pattern, values, base);
   const std::int64_t rank = parts.weights.u.cols;
@@ -163,12 +164,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_low_rank_linear_backwa
 }
 
 Tensor sampled_matmul(const Tensor& dy, const Tensor& x, const Tensor& starts,
-                      const Tensor& columns, std::int64_t group, std::int64_t nnz) {
+                      const Tensor& columns, std::int64_t rows, std::int64_t cols,
+                      std::int64_t group, std::int64_t nnz) {
   constexpr const char* op = "sampled_matmul";
   const Rows dy_rows(dy, op, "dy"), x_rows(x, op, "x");
   check_same_device(dy, x, op, "x");
-  const SparsePatternView pattern =
-      pattern_view(op, dy, starts, columns, dy_rows.view.cols, x_rows.view.cols, group, nnz);
+  const SparsePatternView pattern = pattern_view(op, dy, starts, columns, rows, cols, group, nnz);
   Scope scope(dy);
   Tensor values = new_tensor(dy, {nnz});
   scope.lend_workspace(

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/column_sums.h"
 #include "cuda/gemm.h"
+#include "sparse_low_rank/sparse_base_cuda.cuh"
 #include "sparse_low_rank/sparse_few_cuda.cuh"
 #include "sparse_low_rank/sparse_low_rank_kernels.h"
 #include "sparse_low_rank/sparse_low_rank_plan.h"
@@ -215,12 +216,18 @@ void sampled(const Context& context, const ConstMatrixView& dy, const ConstMatri
 }  // namespace
 
 std::size_t sparse_low_rank_linear_workspace_cuda(std::int64_t tokens,
-                                                  const SparseLowRankWeights& weights) {
-  return ForwardSpace(product_of(tokens, weights), nullptr).bytes;
+                                                  const SparseLowRankWeights& given) {
+  SparseLowRankWeights weights = given;
+  const NarrowBase narrow(weights);
+  return std::max(narrow.bytes(), ForwardSpace(product_of(tokens, weights), nullptr).bytes);
 }
 std::size_t sparse_low_rank_linear_backward_workspace_cuda(std::int64_t tokens,
-                                                           const SparseLowRankWeights& weights) {
-  return BackwardSpace(product_of(tokens, weights), cuda::multiprocessors(), nullptr).bytes;
+                                                           const SparseLowRankWeights& given) {
+  SparseLowRankWeights weights = given;
+  const NarrowBase narrow(weights);
+  return std::max(
+      narrow.bytes(),
+      BackwardSpace(product_of(tokens, weights), cuda::multiprocessors(), nullptr).bytes);
 }
 std::size_t sampled_matmul_workspace_cuda(std::int64_t tokens, const SparsePatternView& pattern,
                                           DType dtype) {
@@ -228,18 +235,23 @@ std::size_t sampled_matmul_workspace_cuda(std::int64_t tokens, const SparsePatte
 }
 
 void sparse_low_rank_linear_cuda(const Context& context, ConstMatrixView x,
-                                 const SparseLowRankWeights& weights, ConstVectorView bias,
+                                 const SparseLowRankWeights& given, ConstVectorView bias,
                                  MatrixView y, MatrixView hidden) {
+  SparseLowRankWeights weights = given;
+  const NarrowBase narrow(weights);
   dispatch_dtype(x.dtype, [&](auto element) {
     forward<decltype(element)>(context, x, weights, bias.data, y, hidden);
   });
+  narrow.add(context, x, true, y);
 }
 
 void sparse_low_rank_linear_backward_cuda(const Context& context, ConstMatrixView dy,
-                                          ConstMatrixView x, const SparseLowRankWeights& weights,
+                                          ConstMatrixView x, const SparseLowRankWeights& given,
                                           const SparseTransposeView& transpose,
                                           ConstMatrixView hidden,
                                           const SparseLowRankGradients& grads) {
+  SparseLowRankWeights weights = given;
+  const NarrowBase narrow(weights);
   const Product product = product_of(dy.rows, weights);
   const BackwardSpace space(product, cuda::multiprocessors(), context.workspace);
   const Gemms gemm{context, space.gemm};
@@ -258,6 +270,7 @@ void sparse_low_rank_linear_backward_cuda(const Context& context, ConstMatrixVie
       sampled<T>(context, dy, x, weights.pattern,
                  SampledSpace(product, cuda::multiprocessors(), space.sampled), grads.values.data);
   });
+  if (grads.x.data != nullptr) narrow.add(context, dy, false, grads.x);
 }
 
 void sampled_matmul_cuda(const Context& context, ConstMatrixView dy, ConstMatrixView x,

@@ -22,7 +22,7 @@ void forward(const Context& context, const ConstMatrixView& x, const SparseLowRa
                    weights.u.cols,
                    operand<T>(weights.u),
                    operand<T>(weights.v),
-                   operand<T>(weights.base),
+                   weights.base,
                    {p, static_cast<const T*>(weights.values.data)},
                    false,
                    bias}
@@ -57,14 +57,9 @@ void backward(const Context& context, const ConstMatrixView& dy, const ConstMatr
       const std::int64_t stride = r + kLanes<S>;
       dh = {dh_memory.get<S>(tokens * stride), dtype_of<S>(), tokens, r, stride};
     }
-    SparseProduct<T>{n,
-                     m,
-                     r,
-                     operand<T>(weights.v, true),
-                     operand<T>(weights.u, true),
-                     operand<T>(weights.base, true),
-                     sparse,
-                     shared}
+    SparseProduct<T>{
+        n,      m,     r, operand<T>(weights.v, true), operand<T>(weights.u, true), weights.base,
+        sparse, shared}
         .run(context, dy, grads.x, dh);
     if (want_v)
       multiply(context, Product<S, T, T>{r,

@@ -15,9 +15,9 @@ struct SparseProduct {
   static constexpr int w = kLanes<S>;
   static constexpr std::int64_t kFewTokens = 2;
   std::int64_t m, n, r;
-  Operand<T> left;   // (m, r)
-  Operand<T> right;  // (r, n)
-  Operand<T> base;   // (m, n) or none
+  Operand<T> left;       // (m, r)
+  Operand<T> right;      // (r, n)
+  ConstMatrixView base;  // (m, n), or where `left` is transposed (n, m); or none
   SparseMatrix<T> sparse;
   bool transposed = false;  // S is the transpose of `sparse`
   const T* bias = nullptr;
@@ -60,6 +60,20 @@ struct SparseProduct {
     load_panel<S, T>(x, tile, j0, j1, tile.panel + j0 * tile.ld, tile.zeros + part * tile.ld);
   }
 
+  // body(base), of T or of 16 bits beside floats, which products widen part by part.
+  template <class Body>
+  void with_base(Body&& body) const {
+    const auto as = [&](auto element) {
+      using B = decltype(element);
+      body(Operand<B>{static_cast<const B*>(base.data), base.row_stride, left.transposed});
+    };
+    if constexpr (std::is_same_v<T, float>) {
+      if (base.dtype == DType::bf16) return as(bfloat16{});
+      if (base.dtype == DType::f16) return as(float16{});
+    }
+    as(T{});
+  }
+
   // Hidden units [k0, k1), for tokens and all: rows of `right` times the panel, or, transposed,
   // rows of x times columns of `right`, as they lie. Theirs are (r, ld), or (tokens, r).
   void hidden(const Tile& tile, const ConstMatrixView& x, std::int64_t k0, std::int64_t k1,
@@ -81,19 +95,19 @@ struct SparseProduct {
   }
 
   // Rows [i0, i1) of a transposed A (., k) times rows of `x`, which are tokens.
-  template <class TX>
-  static void by_tokens(const Tile& tile, const TX* x, std::int64_t x_stride, const Operand<T>& a,
+  template <class TX, class TA>
+  static void by_tokens(const Tile& tile, const TX* x, std::int64_t x_stride, const Operand<TA>& a,
                         std::int64_t k, std::int64_t i0, std::int64_t i1, S* to,
                         std::int64_t to_stride, bool to_transposed) {
-    multiply_range(Product<TX, T, S>{tile.tokens(),
-                                     i1 - i0,
-                                     k,
-                                     {x, x_stride, false},
-                                     {a.data + i0, a.stride, false},
-                                     to,
-                                     to_stride,
-                                     nullptr,
-                                     to_transposed},
+    multiply_range(Product<TX, TA, S>{tile.tokens(),
+                                      i1 - i0,
+                                      k,
+                                      {x, x_stride, false},
+                                      {a.data + i0, a.stride, false},
+                                      to,
+                                      to_stride,
+                                      nullptr,
+                                      to_transposed},
                    0, tile.tokens(), 0, i1 - i0);
   }
 
@@ -103,8 +117,9 @@ struct SparseProduct {
     if (e0 == e1) return;
     const std::int64_t ld = tile.ld, k = column_count();
     if (transposed)
-      return by_tokens(tile, row_of<T>(x, tile.t0), x.row_stride, {sparse.values, k, true}, n, e0,
-                       e1, tile.gathered + e0 * ld, ld, true);
+      return by_tokens(tile, row_of<T>(x, tile.t0), x.row_stride,
+                       Operand<T>{sparse.values, k, true}, n, e0, e1, tile.gathered + e0 * ld, ld,
+                       true);
     sparse.for_slabs(0, [&](std::int64_t s, std::int64_t begin, std::int64_t end) {
       for (std::int64_t e = std::max(begin, e0); e < std::min(end, e1); ++e)
         std::copy_n(tile.panel + (s * sparse_slab_columns + sparse.pattern.columns[e]) * ld, ld,
@@ -125,7 +140,8 @@ struct SparseProduct {
     });
   }
 
-  static Operand<T> rows_from(const Operand<T>& a, std::int64_t i) {
+  template <class TA>
+  static Operand<TA> rows_from(const Operand<TA>& a, std::int64_t i) {
     return {a.data + i * a.stride, a.stride, false};
   }
 
@@ -146,16 +162,19 @@ struct SparseProduct {
         store(sums + at, structmat::load(sums + at) + structmat::load(more + at));
       begun = true;
     };
-    const auto by_panel = [&](const Operand<T>& a, std::int64_t k, const S* b, S* to) {
-      multiply_range(Product<T, S, S>{count, ld, k, rows_from(a, i0), {b, ld, false}, to, ld}, 0,
+    const auto by_panel = [&](const auto& a, std::int64_t k, const S* b, S* to) {
+      using TA = std::remove_const_t<std::remove_pointer_t<decltype(a.data)>>;
+      multiply_range(Product<TA, S, S>{count, ld, k, rows_from(a, i0), {b, ld, false}, to, ld}, 0,
                      count, 0, ld);
     };
     if (base.data != nullptr)
       add([&](S* to) {
-        if (base.transposed)
-          by_tokens(tile, row_of<T>(x, tile.t0), x.row_stride, base, n, i0, i1, to, ld, true);
-        else
-          by_panel(base, n, tile.panel, to);
+        with_base([&](const auto& a) {
+          if (a.transposed)
+            by_tokens(tile, row_of<T>(x, tile.t0), x.row_stride, a, n, i0, i1, to, ld, true);
+          else
+            by_panel(a, n, tile.panel, to);
+        });
       });
     if (r > 0)
       add([&](S* to) {
@@ -166,7 +185,8 @@ struct SparseProduct {
       });
     if (columns() && !transposed)
       add([&](S* to) {
-        by_panel({sparse.values, column_count(), false}, column_count(), tile.gathered, to);
+        by_panel(Operand<T>{sparse.values, column_count(), false}, column_count(), tile.gathered,
+                 to);
       });
     for (std::int64_t v = 0; v < ld; v += w) {
       Vec<S> zero{};
@@ -219,12 +239,12 @@ struct SparseProduct {
       for (std::int64_t t = 0; t < tokens; ++t)
         for (std::int64_t i = 0; i < count; ++i)
           sums[t * count + i] = zeros[t] + (bias == nullptr ? S{0} : S(to_float(bias[i0 + i])));
-      const auto add = [&](const Operand<T>& a, std::int64_t k, const S* b, std::int64_t b_stride) {
-        few_rows_range<S, T, S>(tokens, k, b, b_stride, rows_from(a, i0).data, a.stride, nullptr,
-                                more, count, 0, count);
+      const auto add = [&](const auto& a, std::int64_t k, const S* b, std::int64_t b_stride) {
+        few_rows_range(tokens, k, b, b_stride, rows_from(a, i0).data, a.stride,
+                       static_cast<const S*>(nullptr), more, count, 0, count);
         for (std::int64_t i = 0; i < tokens * count; ++i) sums[i] += more[i];
       };
-      if (base.data != nullptr) add(base, n, in, ld);
+      if (base.data != nullptr) with_base([&](const auto& a) { add(a, n, in, ld); });
       if (r > 0) add(left, r, h, r);
       sparse.multiply_few(i0, i1, tokens, in, ld, sums);
       for (std::int64_t t = 0; t < tokens; ++t)
@@ -266,7 +286,8 @@ struct SparseProduct {
     for (std::int64_t i = 0; i < tiles.count; ++i) {
       const Tile t = tile(tiles[i], threads, memory);
       parallel_for(lent, threads, [&](std::int64_t part) { load(t, x, part); });
-      in_parts(r, kMicroRows, r + kMicroRows,
+      // Whole vectors: what is stored transposed is read in squares of them.
+      in_parts(r, w, r + w,
                [&](std::int64_t k0, std::int64_t k1) { hidden(t, x, k0, k1, hidden_out); });
       in_parts(k, kMicroRows, k + kMicroRows,
                [&](std::int64_t e0, std::int64_t e1) { gather(t, x, e0, e1); });

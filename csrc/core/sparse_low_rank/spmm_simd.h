@@ -128,9 +128,10 @@ S sparse_dot(const std::uint16_t* columns, const S* values, std::int64_t count, 
 
 constexpr int kScatterRows = 16;
 
-// Row columns[e] of sums += sum_q value(q, e) row q of x, `height` of them.
+// Row columns[e] - first of sums += sum_q value(q, e) row q of x, `height` of them.
 template <class S>
-void scatter_rows(const SparseRows<S>& rows, int height, const S* x, std::int64_t ld, S* sums) {
+void scatter_rows(const SparseRows<S>& rows, int height, const S* x, std::int64_t ld,
+                  std::int64_t first, S* sums) {
   constexpr int w = kLanes<S>, half = kScatterRows / 2;
   for (std::int64_t v = 0; v < ld; v += w) {
     Vec<S> in[kScatterRows];
@@ -138,7 +139,7 @@ void scatter_rows(const SparseRows<S>& rows, int height, const S* x, std::int64_
 #pragma GCC unroll 16
       for (int q = 0; q < kScatterRows; ++q) in[q] = load(x + q * ld + v);
       for (std::int64_t e = 0; e < rows.count; ++e) {
-        S* const to = sums + rows.columns[e] * ld + v;
+        S* const to = sums + (rows.columns[e] - first) * ld + v;
         const S *low = rows.values + e, *high = low + half * rows.stride;
         Vec<S> sum = load(to), other{};
 #pragma GCC unroll 8
@@ -150,7 +151,7 @@ void scatter_rows(const SparseRows<S>& rows, int height, const S* x, std::int64_
       }
     } else {
       for (std::int64_t e = 0; e < rows.count; ++e) {
-        S* const to = sums + rows.columns[e] * ld + v;
+        S* const to = sums + (rows.columns[e] - first) * ld + v;
         Vec<S> sum = load(to);
         for (int q = 0; q < height; ++q)
           sum = fma(broadcast(rows.values[q * rows.stride + e]), load(x + q * ld + v), sum);
@@ -201,7 +202,7 @@ struct SparseMatrix {
         const int height = static_cast<int>((end - i) / ceil_div(end - i, kSparseRows));
         if (count > 0) {
           const Group of = group(g);
-          const T* const from = of.values + (i - g * pattern.group) * of.k + begin - of.first;
+          const T* const from = of.values + ((i - g * pattern.group) * of.k + begin - of.first);
           SparseRows<S> rows{pattern.columns + begin, count, nullptr, of.k};
           if constexpr (std::is_same_v<S, T>) {
             rows.values = from;
@@ -284,7 +285,7 @@ struct SparseMatrix {
         if (e0 == e1) return;
         for (std::int64_t q = 0; q < rows; q += kScatterRows) {
           const int height = static_cast<int>(std::min<std::int64_t>(kScatterRows, rows - q));
-          const T* const from = of.values + q * of.k + e0 - of.first;
+          const T* const from = of.values + (q * of.k + e0 - of.first);
           SparseRows<S> block{pattern.columns + e0, e1 - e0, nullptr, of.k};
           if constexpr (std::is_same_v<S, T>) {
             block.values = from;
@@ -296,7 +297,7 @@ struct SparseMatrix {
             block.stride = block.count;
           }
           scatter_rows(block, height, panel + (g * pattern.group + q) * tile.ld, tile.ld,
-                       sums + (first - j0) * tile.ld);
+                       j0 - first, sums);
         }
       });
     }

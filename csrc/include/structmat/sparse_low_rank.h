@@ -11,8 +11,9 @@
 
 namespace structmat {
 
-// W (m, n) by its parts, all of one dtype. U (m, r) and V (r, n) may be without data (r = 0: no low
-// rank part), `base` (m, n) likewise.
+// W (m, n) by its parts, all of one dtype; but `base` may be of a 16-bit type beside f32, whose
+// numbers are then widened exactly, a part of it at a time. U (m, r) and V (r, n) may be without
+// data (r = 0: no low rank part), `base` (m, n) likewise.
 struct SparseLowRankWeights {
   ConstMatrixView u;
   ConstMatrixView v;

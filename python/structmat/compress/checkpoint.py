@@ -143,7 +143,9 @@ def _layer(stored: dict[str, Any]) -> nn.Module:
     m, n, rank, blocks, bias = (stored[key] for key in ("m", "n", "rank", "n_blocks", "bias"))
     if stored["density"] is not None:
         density, family = stored["density"], stored["family"]
-        return SparseLowRankLinear(n, m, rank, density, family=family, bias=bias, device="meta")
+        base = torch.empty(m, n, device="meta") if stored["base"] else None
+        like: dict[str, Any] = {"family": family, "bias": bias, "base": base, "device": "meta"}
+        return SparseLowRankLinear(n, m, rank, density, **like)
     if blocks is None:
         return LowRankLinear(n, m, rank, bias, device="meta")
     if rank is None:
@@ -180,6 +182,7 @@ def _describe(model: nn.Module, shared: dict[str, str]) -> dict[str, Any]:
                 "density": getattr(module, "density", None),
                 "family": getattr(module, "family", None),
                 "bias": module.bias is not None,
+                "base": getattr(module, "base", None) is not None,
                 "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
                 "predicted_error": layer.predicted_error if layer else None,
                 "calibration_hash": report.calibration_hash if report else None,
@@ -217,7 +220,7 @@ def _read(folder: Path) -> _Stored:
             model_class=str(stored["class"]),
             layers=[
                 {key: layer[key] for key in keys}
-                | {key: layer.get(key) for key in ("n_blocks", "density", "family")}
+                | {key: layer.get(key) for key in ("n_blocks", "density", "family", "base")}
                 for layer in stored["layers"]
             ],
             shared=dict(stored["shared"]),

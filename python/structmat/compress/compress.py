@@ -34,7 +34,8 @@ from .sequential import fit_in_sequence, placing, stages_of
 from .sparse_low_rank import decomposed
 
 METHODS = ("svd", "fisher", "whitened", "monarch", "sparse_low_rank")
-_STRUCTURES = ("monarch", "sparse_low_rank")  # of uniform ranks, with or without data
+STRUCTURES = ("monarch", "sparse_low_rank")  # of uniform ranks only
+WITHOUT_DATA = ("svd", *STRUCTURES)  # with uniform ranks, as well as with data
 RANKS = ("uniform", "global")
 
 
@@ -275,14 +276,14 @@ def _check_options(
         raise ValueError(f"compress: method must be one of {', '.join(METHODS)}, got {method!r}")
     if ranks not in RANKS:
         raise ValueError(f"compress: ranks must be one of {', '.join(RANKS)}, got {ranks!r}")
-    if ranks == "global" and method in _STRUCTURES:
+    if ranks == "global" and method in STRUCTURES:
         raise ValueError(f"compress: method={method!r} has ranks='uniform' only, got 'global'")
     if sequential and method != "whitened":
         raise ValueError(f"compress: sequential goes with method='whitened', got {method!r}")
-    if calibration is None and (method not in ("svd", *_STRUCTURES) or ranks == "global"):
+    if calibration is None and (method not in WITHOUT_DATA or ranks == "global"):
         raise ValueError(
             f"compress: method={method!r} with ranks={ranks!r} needs calibration, batches for the "
-            "model; only 'svd', 'monarch' and 'sparse_low_rank' with ranks='uniform' do without"
+            f"model; only {', '.join(map(repr, WITHOUT_DATA))} with ranks='uniform' do without"
         )
 
 

@@ -152,6 +152,8 @@ def replace(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
         old = model.get_submodule(name)
         for part, parameter in layer.named_parameters():
+            if not parameter.requires_grad:  # frozen by its layer
+                continue
             weight = next(old.parameters()) if isinstance(old, STRUCTURED) else weight_of(old)
             source = bias_of(old) if part == "bias" else weight
             parameter.requires_grad_((weight if source is None else source).requires_grad)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``y = x (U V + S)^T + b``: a linear layer with a weight of low rank plus a sparse one."""
+"""``y = x (U V + S)^T + b``: a linear layer with a weight of low rank plus a sparse one, beside a
+frozen one or without."""
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from .. import ops
 from ..linalg.svd import check_integer
 from ..sparse_pattern import SparsePattern
-from ..sparse_pattern.state import from_index
 from .blocks import check_dtype, check_sizes
 from .convert import dense_like, finite_weight
 from .product import product
 from .reselection import Reselection
+from .sparse_support import SparseSupport
 
 if TYPE_CHECKING:
     from ..sparse_low_rank import SparseLowRank
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 _INITS = ("sltrain", "lost")
 
 
-class SparseLowRankLinear(nn.Module):
+class SparseLowRankLinear(SparseSupport):
     """A linear layer with the weight ``W = U V + S``, ``S`` sparse on a fixed support.
 
     ``y = x (U V + S)^T + bias`` maps ``(..., n)`` to ``(..., m)`` with
     ``rank (m + n) + density m n`` weights instead of ``m n``, and no gradient of ``m n`` numbers
-    either.
+    either. For fine-tuning a ``base`` is added, a dense matrix that is not trained: ``y = x (base +
+    U V + S)^T + bias``.
 
     Args:
         in_features: ``n``.
@@ -42,21 +43,25 @@ class SparseLowRankLinear(nn.Module):
         seed: of the support; ``None`` lets torch's generator draw one, kept as ``pattern.seed``, so
             that layers differ and ``torch.manual_seed`` decides.
         device, dtype: of the parameters.
+        base: ``(m, n)``, on that device and of that dtype; beside float32 also bfloat16 or float16.
+            Taken as it is, not copied.
 
     Attributes:
         U: ``(m, r)``.
         V: ``(r, n)``.
         values: ``(nnz,)``, the entries of ``S`` in the order of the pattern.
         bias: ``(m,)`` or ``None``.
+        base: ``(m, n)``, a parameter without gradient, or ``None``.
         pattern: the :class:`structmat.SparsePattern` of ``S``. Its index lies in the buffers
             ``starts`` and ``columns`` (as bytes, which all means of communication carry), so that
             ``state_dict`` is complete and loading takes the support with the values.
-        weight: ``U V + S (m, n)``, computed when it is used.
+        weight: ``U V + S (m, n)``, and ``base``, computed when it is used.
 
     Raises:
-        TypeError: a size is no integer, or dtype none of float32, float64, bfloat16 and float16.
-        ValueError: a size is below one, ``rank`` above ``min(m, n)``, ``density`` out of range, or
-            an option is unknown.
+        TypeError: a size is no integer, dtype none of float32, float64, bfloat16 and float16, or
+            base is no tensor of a dtype that goes with it.
+        ValueError: a size is below one, ``rank`` above ``min(m, n)``, ``density`` out of range, an
+            option is unknown, base has another shape or device, or ``init`` is ``"lost"`` with one.
 
     Cost: ``2 (r (m + n) + nnz)`` FLOPs a row, see :func:`structmat.ops.sparse_low_rank_linear`.
 
@@ -76,10 +81,8 @@ class SparseLowRankLinear(nn.Module):
 
     U: nn.Parameter
     V: nn.Parameter
-    values: nn.Parameter
     bias: nn.Parameter | None
-    starts: Tensor
-    columns: Tensor
+    base: nn.Parameter | None
 
     def __init__(
         self,
@@ -94,6 +97,7 @@ class SparseLowRankLinear(nn.Module):
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        base: Tensor | None = None,
     ) -> None:
         super().__init__()
         check_sizes("SparseLowRankLinear", in_features, out_features, None)
@@ -118,103 +122,19 @@ class SparseLowRankLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features, **like))
         else:
             self.register_parameter("bias", None)
+        self.register_parameter("base", None)
+        if base is not None:
+            _check_base(base, self.U, (out_features, in_features), init)
+            self.base = nn.Parameter(base.detach(), requires_grad=False)
         self._take(pattern)
         self.reset_parameters()
-
-    def _take(self, pattern: SparsePattern) -> None:
-        self.register_buffer("starts", pattern.starts)
-        # NCCL and gloo know no uint16; DistributedDataParallel broadcasts buffers.
-        self.register_buffer("columns", pattern.columns.view(torch.uint8))
-        self._hold(pattern)
-
-    def _hold(self, pattern: SparsePattern | None) -> None:
-        """Remembers of which buffers, in which state, the pattern is; ``None``: of no pattern."""
-        self._pattern = pattern
-        self._taken = self.starts, self.columns
-        self._versions = _version(self.starts), _version(self.columns)
-
-    def _around_buffers(self, nnz: int, seed: int | None = None) -> SparsePattern:
-        shape = self.out_features, self.in_features
-        columns = self.columns.view(torch.uint16)
-        return SparsePattern._of(shape, self.family, self.starts, columns, nnz, seed)
-
-    @property
-    def pattern(self) -> SparsePattern:
-        """The support, on the device of the layer.
-
-        Buffers that were replaced or written to, as EMA and DistributedDataParallel do, are checked
-        and taken at the next use, under ``torch.compile`` only where they were replaced.
-
-        Raises:
-            RuntimeError: nothing is known of the support: the layer has left the meta device, or
-                was emptied, and no seed tells it.
-            ValueError: the buffers hold no pattern.
-        """
-        starts, columns = self._taken
-        same = starts is self.starts and columns is self.columns
-        if torch.compiler.is_compiling():  # where an index cannot be checked
-            if not same or self._pattern is None:
-                made = self._around_buffers(self.values.numel())
-                if torch.compiler.is_exporting():  # with stand-ins for the buffers
-                    return made
-                self._pattern, self._taken = made, (self.starts, self.columns)
-                self._versions = -1, -1
-            return self._pattern
-        if same and self._versions == (_version(starts), _version(columns)):
-            if self._pattern is None:
-                raise RuntimeError(
-                    "SparseLowRankLinear: the support was lost on the meta device or by to_empty, "
-                    "and has no seed; load_state_dict gives it one"
-                )
-            return self._pattern
-        held, index = self._pattern, self.columns.view(torch.uint16)
-        if self.columns.is_meta:
-            self._hold(self._around_buffers(self.values.numel()))
-        elif held is None or not _same_index(held, self.starts, index):
-            # Around a copy, which tells whether the next write changes anything.
-            op, shape = "SparseLowRankLinear", (self.out_features, self.in_features)
-            self._hold(from_index(SparsePattern, op, *shape, self.family, self.starts, index))
-        else:
-            self._hold(held)
-        return self._pattern  # type: ignore[return-value]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLowRankLinear":
-        was = None if self._pattern is None else self.pattern
-        starts, columns = self._taken
-        super()._apply(fn, recurse)
-        if self.starts is starts and self.columns is columns:
-            return self
-        if self.columns.is_meta:
-            nnz = self.values.numel() if was is None else was.nnz
-            self._hold(self._around_buffers(nnz, None if was is None else was.seed))
-        elif was is not None and _same_index(was, self.starts, self.columns.view(torch.uint16)):
-            moved = self._around_buffers(was.nnz, was.seed)
-            if was._transposed is not None:
-                other, permutation = was._transposed
-                moved._transposed = other.to(moved.device), permutation.to(moved.device)
-            self._hold(moved)
-        elif was is not None and was.seed is not None:  # to_empty leaves it to us what is there
-            m, n, device = self.out_features, self.in_features, self.columns.device
-            like: dict[str, Any] = {"family": self.family, "seed": was.seed, "device": device}
-            self._take(SparsePattern.random(m, n, self.density, **like))
-        else:
-            self._hold(None)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._pattern is not None:
-            self.pattern  # noqa: B018  takes what was written to the buffers
-        return self.__dict__.copy()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._hold(self._pattern)  # versions of copies begin anew
 
     def reset_parameters(self) -> None:
         """Draws the parameters, as ``init`` says; the bias is zero.
 
         ``"sltrain"``: ``V`` and ``values`` by ``U(-1/sqrt(n), 1/sqrt(n))``, ``U`` zero, so that
-        training begins from the sparse matrix alone. The support stays.
+        training begins from the sparse matrix alone. The support stays. With a base ``values`` are
+        zero, too: it begins from the base.
 
         ``"lost"``: a matrix by ``N(0, 1/n)``, split in one step: ``U V`` is the head of its SVD,
         and ``S`` the part of the residual that has the largest norm, with the published
@@ -229,6 +149,8 @@ class SparseLowRankLinear(nn.Module):
             nn.init.uniform_(self.V, -scale, scale)
             nn.init.uniform_(self.values, -scale, scale)
             nn.init.zeros_(self.U)
+            if self.base is not None:
+                nn.init.zeros_(self.values)
         elif not self.V.is_meta:
             W = torch.empty(self.out_features, self.in_features, device=self.V.device)
             nn.init.normal_(W, std=scale)
@@ -241,7 +163,8 @@ class SparseLowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``W = U V + S``, for code that reads the weight of a dense layer. Not a parameter.
+        """``W = U V + S``, or ``base + U V + S``, for code that reads the weight of a dense layer.
+        Not a parameter.
 
         Its dtype, device and shape cost nothing; any other use computes the matrix, ``2 m n r``
         FLOPs each time and ``m n`` numbers of memory, and gradients flow to ``U``, ``V`` and
@@ -253,13 +176,18 @@ class SparseLowRankLinear(nn.Module):
         """
         shape = self.out_features, self.in_features
         parts: dict[str, Tensor] = {"U": self.U, "V": self.V, "values": self.values}
+        if self.base is not None:
+            parts["base"] = self.base
         return product("SparseLowRankLinear", shape, parts, self._dense)
 
-    def _dense(self, U: Tensor, V: Tensor, values: Tensor) -> Tensor:
-        return U @ V + self.pattern.scatter(values)
+    def _dense(self, U: Tensor, V: Tensor, values: Tensor, base: Tensor | None = None) -> Tensor:
+        W = U @ V + self.pattern.scatter(values)
+        return W if base is None else base + W
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.sparse_low_rank_linear(x, self.U, self.V, self.pattern, self.values, self.bias)
+        return ops.sparse_low_rank_linear(
+            x, self.U, self.V, self.pattern, self.values, self.bias, base=self.base
+        )
 
     @classmethod
     def from_linear(
@@ -298,21 +226,71 @@ class SparseLowRankLinear(nn.Module):
         return layer.train(linear.training)
 
     @classmethod
+    def beside(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        density: float,
+        *,
+        family: str = "uniform",
+        seed: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "SparseLowRankLinear":
+        """A layer that fine-tunes an ``nn.Linear``: ``W = base + U V + S`` with its weight frozen.
+
+        It computes what the given one does until it is trained. ``base`` is that layer's weight,
+        not a copy; the bias, if it has one, is copied and is trained, too.
+
+        Args:
+            linear: the dense layer, left as it is.
+            rank, density, family, seed: as those of the constructor.
+            dtype: of what is trained, the weight's by default. With float32 a weight in bfloat16 or
+                float16 stays so; the layer then takes float32, or whatever ``torch.autocast`` says.
+
+        Raises:
+            TypeError: ``linear`` is no ``nn.Linear``, or ``dtype`` is none that goes with its.
+            ValueError: bad rank, density or family, NaN or Inf in the weight.
+
+        Example:
+            >>> import torch, structmat as sm
+            >>> dense = torch.nn.Linear(64, 32).bfloat16()
+            >>> layer = sm.nn.SparseLowRankLinear.beside(dense, 4, 0.02, dtype=torch.float32)
+            >>> layer.base.dtype, [name for name, p in layer.named_parameters() if p.requires_grad]
+            (torch.bfloat16, ['U', 'V', 'values', 'bias'])
+        """
+        base = finite_weight("SparseLowRankLinear.beside", linear)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            rank,
+            density,
+            family=family,
+            bias=linear.bias is not None,
+            seed=seed,
+            device=base.device,
+            dtype=base.dtype if dtype is None else dtype,
+            base=base,
+        )
+        if layer.bias is not None:
+            with torch.no_grad():
+                layer.bias.copy_(linear.bias)
+        return layer.train(linear.training)
+
+    @classmethod
     def _of(cls, found: "SparseLowRank", density: float) -> "SparseLowRankLinear":
         """A layer, without bias, that takes these very tensors."""
         m, n = found.pattern.shape
-        family = found.pattern.family
-        rank = found.U.shape[1]
-        layer = cls(n, m, rank, density, family=family, bias=False, seed=0, device="meta")
+        layer = cls(n, m, found.U.shape[1], 0.0, bias=False, seed=0, device="meta")  # draws nothing
+        layer.density, layer.family = density, found.pattern.family
         layer.U, layer.V = nn.Parameter(found.U), nn.Parameter(found.V)
         layer.values = nn.Parameter(found.values)
         layer._take(found.pattern)
         return layer
 
     def to_linear(self) -> nn.Linear:
-        """The dense layer with ``W = U V + S``, of the same dtype and device."""
-        U, V, values = (a.detach().double() for a in (self.U, self.V, self.values))
-        return dense_like(self, self._dense(U, V, values), self.U)
+        """The dense layer with this ``weight``, of the dtype of ``U`` and its device."""
+        parts = self.U, self.V, self.values, *([] if self.base is None else [self.base])
+        return dense_like(self, self._dense(*(a.detach().double() for a in parts)), self.U)
 
     @torch.no_grad()
     def reselect(self, scores: Tensor) -> Reselection:
@@ -356,90 +334,27 @@ class SparseLowRankLinear(nn.Module):
         self._take(pattern)
         return moved
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """The support comes from the state with the values, both checked before either is taken,
-        and may differ in its number of entries."""
-        names = "values", "starts", "columns"
-        given = [state_dict.get(prefix + name) for name in names]
-        rest = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        if not any(a is not None for a in given):
-            super()._load_from_state_dict(state_dict, prefix, *rest)
-            return
-        missing = [prefix + n for n, a in zip(names, given, strict=True) if a is None]
-        if missing:
-            error_msgs.append(
-                f"SparseLowRankLinear: {', '.join(missing)} missing; {prefix}values, "
-                f"{prefix}starts and {prefix}columns load together"
-            )
-            return
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        pattern = None
-        if not any(isinstance(a, Tensor) and a.is_meta for a in given) and (
-            assign or not self.values.is_meta  # else torch warns that nothing is loaded
-        ):
-            try:
-                pattern = self._read(*given)
-            except (TypeError, ValueError, RuntimeError) as error:
-                error_msgs.append(
-                    f"SparseLowRankLinear: {prefix}values, {prefix}starts and {prefix}columns are "
-                    f"not of a support of family {self.family!r}: {error}"
-                )
-                return
-            held = self._pattern
-            if held is None or held.device.type == "meta" or pattern != self.pattern:
-                if pattern.nnz != self.values.numel():
-                    self.values.data = self.values.data.new_empty(pattern.nnz)
-                    self.values.grad = None
-                    self.density = pattern.density  # so that reselect keeps the number
-                if not self.values.is_meta:
-                    pattern = pattern.to(self.values.device)
-                self._take(pattern)
-            else:
-                pattern = held
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        if pattern is not None:
-            self._hold(self._around_buffers(pattern.nnz, pattern.seed))
-
-    def _read(self, values: Any, starts: Any, columns: Any) -> SparsePattern:
-        for name, a in {"values": values, "starts": starts, "columns": columns}.items():
-            if not isinstance(a, Tensor):
-                raise TypeError(f"{name} is no tensor")
-        if columns.dtype != torch.uint8:
-            raise TypeError(f"columns is {columns.dtype}, wanted torch.uint8")
-        op, shape = "SparseLowRankLinear.load_state_dict", (self.out_features, self.in_features)
-        index = starts, columns.view(torch.uint16)
-        pattern = from_index(SparsePattern, op, *shape, self.family, *index)
-        if tuple(values.shape) != (pattern.nnz,):
-            raise ValueError(f"values is {tuple(values.shape)}, the support has {pattern.nnz}")
-        return pattern
-
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"nnz={self.values.numel()}, family={self.family!r}, bias={self.bias is not None}"
+            + ("" if self.base is None else f", base={self.base.dtype}")
         )
 
 
-def _version(index: Tensor) -> int:
-    return -1 if index.is_inference() else index._version
-
-
-def _same_index(pattern: SparsePattern, starts: Tensor, columns: Tensor) -> bool:
-    """Whether an index elsewhere is known to be that of a pattern."""
-    here = pattern.columns
-    if here.is_meta or here.data_ptr() == columns.data_ptr() or here.shape != columns.shape:
-        return False
-    a, b = here.view(torch.uint8), columns.view(torch.uint8)
-    return torch.equal(pattern.starts.to(starts.device), starts) and torch.equal(a.to(b.device), b)
+def _check_base(base: Any, like: Tensor, shape: tuple[int, int], init: str) -> None:
+    op = "SparseLowRankLinear"
+    if not isinstance(base, Tensor):
+        raise TypeError(f"{op}: base must be a tensor, got {type(base).__name__}")
+    narrow = like.dtype == torch.float32 and base.dtype in (torch.bfloat16, torch.float16)
+    if base.dtype != like.dtype and not narrow:
+        raise TypeError(f"{op}: base is {base.dtype}, which does not go with {like.dtype}")
+    if tuple(base.shape) != shape or base.device != like.device:
+        raise ValueError(
+            f"{op}: base is {tuple(base.shape)} on {base.device}, wanted {shape} on {like.device}"
+        )
+    if init != "sltrain":
+        raise ValueError(f"{op}: init {init!r} splits a drawn matrix; with a base it is 'sltrain'")
 
 
 def _check_rank(op: str, rank: int, m: int, n: int) -> None:

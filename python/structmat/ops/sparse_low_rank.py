@@ -17,10 +17,7 @@ from .arguments import (
     needs_composition,
     rows_of,
 )
-
-_linear = torch.ops.structmat.sparse_low_rank_linear.default
-_linear_backward = torch.ops.structmat.sparse_low_rank_linear_backward.default
-_sampled = torch.ops.structmat.sampled_matmul.default
+from .sparse_low_rank_gradient import linear, sampled
 
 
 def sparse_linear(
@@ -82,7 +79,8 @@ def sparse_low_rank_linear(
         pattern: of shape ``(m, n)``, on the device of ``x``.
         values: ``(nnz,)``, in the order of the pattern.
         bias: ``(m,)`` or ``None``.
-        base: ``(m, n)`` or ``None``: a weight that is not trained, as in fine-tuning.
+        base: ``(m, n)`` or ``None``: a weight that is not trained, as in fine-tuning; beside
+            float32 also bfloat16 or float16.
 
     Returns:
         ``(..., m)``. Any size may be zero, ``r`` and the number of values among them.
@@ -99,6 +97,9 @@ def sparse_low_rank_linear(
     the pattern, once. ``torch.func`` transforms, forward-mode differentiation, ``torch.export`` and
     ``torch.jit.trace`` take torch's own products instead, and for these alone ``S`` is scattered
     into a dense matrix.
+
+    A 16-bit ``base`` beside float32 is widened part by part, 1 MB or so at a time on the CPU and 32
+    MB on CUDA, so that it takes no more memory than its two bytes a number.
 
     Sums are kept in float32 (float64 for float64) and rounded once; on CUDA 16-bit types may round
     ``h`` before ``U`` takes it, or from 1,024 rows on ``U V + S``, as well. A row of ``x`` with a
@@ -170,12 +171,7 @@ def sampled_matmul(dy: Tensor, x: Tensor, pattern: SparsePattern) -> Tensor:
             _check_sampled(dy, x, pattern)
         if composes:
             return pattern.gather(rows_of(dy).T @ rows_of(x))
-        if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
-            if x.requires_grad:
-                pattern.transpose()
-            found: Tensor = _SampledMatmul.apply(dy, x, pattern)
-            return found
-        return _call_sampled(dy, x, pattern)
+        return sampled(dy, x, pattern)
     except (RuntimeError, AttributeError, IndexError):
         _check_sampled(dy, x, pattern)  # says what was wrong, where it was the arguments
         raise
@@ -200,44 +196,10 @@ def _product(
             if not is_tracing():  # where sizes are no numbers
                 _check(op, x, U, V, pattern, values, bias, base)
             return _composed(x, U, V, pattern, values, bias, base)
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or values.requires_grad
-            or (U is not None and U.requires_grad)
-            or (V is not None and V.requires_grad)
-            or (bias is not None and bias.requires_grad)
-        ):
-            if x.requires_grad:
-                pattern.transpose()
-            keep = U is not None and U.requires_grad
-            y, _ = _SparseLowRankLinear.apply(x, U, V, values, bias, base, pattern, keep)
-            return y
-        return _call(x, U, V, pattern, values, bias, base, False)[0]
+        return linear(x, U, V, pattern, values, bias, base)
     except (RuntimeError, AttributeError, IndexError):
         _check(op, x, U, V, pattern, values, bias, base)  # says what was wrong with the arguments
         raise
-
-
-def _call(
-    x: Tensor,
-    U: Tensor | None,
-    V: Tensor | None,
-    pattern: SparsePattern,
-    values: Tensor,
-    bias: Tensor | None,
-    base: Tensor | None,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = _linear(
-        x, U, V, pattern.starts, pattern.columns, pattern.shape[0], pattern.group, values, bias,
-        base, keep_hidden,
-    )  # fmt: skip
-    return found
-
-
-def _call_sampled(dy: Tensor, x: Tensor, pattern: SparsePattern) -> Tensor:
-    found: Tensor = _sampled(dy, x, pattern.starts, pattern.columns, pattern.group, pattern.nnz)
-    return found
 
 
 def _composed(
@@ -273,8 +235,11 @@ def _check(
     if low_rank or U is not None or V is not None:
         given |= {"U": U, "V": V}
     given |= {"values": values}
-    given |= {name: a for name, a in (("bias", bias), ("base", base)) if a is not None}
+    if bias is not None:
+        given["bias"] = bias
     check_tensors(op, given)
+    if base is not None:
+        _check_base(op, x, base)
     _check_pattern(op, "x", x, pattern)
     m, n = pattern.shape
     if x.shape[-1] != n:
@@ -304,6 +269,16 @@ def _check(
             )
 
 
+def _check_base(op: str, x: Tensor, base: Any) -> None:
+    narrow = isinstance(base, Tensor) and base.dtype in (torch.bfloat16, torch.float16)
+    if not narrow or x.dtype != torch.float32:
+        check_tensors(op, {"x": x, "base": base})
+    elif base.layout != torch.strided:
+        raise TypeError(f"{op}: base must be dense, got layout {base.layout}")
+    elif base.device != x.device:
+        raise ValueError(f"{op}: base is on {base.device}, x on {x.device}")
+
+
 def _check_sampled(dy: Any, x: Any, pattern: Any) -> None:
     op = "sampled_matmul"
     check_tensors(op, {"dy": dy, "x": x})
@@ -321,183 +296,3 @@ def _check_pattern(op: str, name: str, tensor: Tensor, pattern: Any) -> None:
         raise TypeError(f"{op}: pattern must be a SparsePattern, got {type(pattern).__name__}")
     if pattern.device != tensor.device:
         raise ValueError(f"{op}: the pattern is on {pattern.device}, {name} on {tensor.device}")
-
-
-def _check_devices(op: str, *tensors: Tensor | None) -> None:
-    """For the fakes, which are called as soon as one of the tensors is on the meta device."""
-    if len({a.device for a in tensors if a is not None}) > 1:
-        raise RuntimeError(f"{op}: the tensors are on different devices")
-
-
-@torch.library.register_fake("structmat::sparse_low_rank_linear")
-def _(
-    x: Tensor,
-    U: Tensor | None,
-    V: Tensor | None,
-    starts: Tensor,
-    columns: Tensor,
-    rows: int,
-    group: int,
-    values: Tensor,
-    bias: Tensor | None,
-    base: Tensor | None,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:
-    _check_devices("sparse_low_rank_linear", x, U, V, starts, columns, values, bias, base)
-    hidden = (0,) if U is None or not keep_hidden else (*x.shape[:-1], U.shape[1])
-    return x.new_empty((*x.shape[:-1], rows)), x.new_empty(hidden)
-
-
-@torch.library.register_fake("structmat::sparse_low_rank_linear_backward")
-def _(
-    dy: Tensor,
-    x: Tensor | None,
-    U: Tensor | None,
-    V: Tensor | None,
-    starts: Tensor,
-    columns: Tensor,
-    cols: int,
-    group: int,
-    values: Tensor,
-    base: Tensor | None,
-    transposed_starts: Tensor | None,
-    transposed_columns: Tensor | None,
-    permutation: Tensor | None,
-    hidden: Tensor | None,
-    need_x: bool,
-    need_V: bool,
-    need_values: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    index = starts, columns, transposed_starts, transposed_columns, permutation
-    _check_devices("sparse_low_rank_linear_backward", dy, x, U, V, *index, values, base, hidden)
-    return (
-        dy.new_empty((*dy.shape[:-1], cols) if need_x else (0,)),
-        dy.new_empty((0,) if hidden is None or U is None else U.shape),
-        dy.new_empty(V.shape if need_V and V is not None else (0,)),
-        values.new_empty(values.shape if need_values else (0,)),
-        dy.new_empty((dy.shape[-1] if need_bias else 0,)),
-    )
-
-
-@torch.library.register_fake("structmat::sampled_matmul")
-def _(dy: Tensor, x: Tensor, starts: Tensor, columns: Tensor, group: int, nnz: int) -> Tensor:
-    _check_devices("sampled_matmul", dy, x, starts, columns)
-    return dy.new_empty((nnz,))
-
-
-class _SparseLowRankLinear(torch.autograd.Function):
-    # As in low_rank.py: cheaper by 10 us a step than torch.library.register_autograd.
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        U: Tensor | None,
-        V: Tensor | None,
-        values: Tensor,
-        bias: Tensor | None,
-        base: Tensor | None,
-        pattern: SparsePattern,
-        keep_hidden: bool,
-    ) -> tuple[Tensor, Tensor]:
-        y, hidden = _call(x, U, V, pattern, values, bias, base, keep_hidden)
-        need_x, _, need_V, need_values, *_ = ctx.needs_input_grad
-        weights = need_x or need_V
-        ctx.save_for_backward(
-            x if need_V or need_values else None,
-            U if weights else None,
-            V if weights else None,
-            values if weights else None,
-            base if need_x else None,
-            hidden if keep_hidden else None,
-        )
-        ctx.pattern = pattern
-        ctx.set_materialize_grads(False)
-        if torch.compiler.is_compiling():  # where there are no second derivatives
-            ctx.mark_non_differentiable(hidden)
-        return y, hidden
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, U, V, values, base, hidden = ctx.saved_tensors
-        pattern = ctx.pattern
-        needs = ctx.needs_input_grad[:5]
-        need_x, _, need_V, need_values, need_bias = needs
-        compiling = torch.compiler.is_compiling()
-        if values is None or (
-            not compiling and (torch.is_grad_enabled() or dh is not None or dy is None)
-        ):
-            found = _differentiable_backward(dy, dh, x, U, V, values, base, hidden, pattern, needs)
-        else:
-            transposed: tuple[Tensor | None, ...] = (None, None, None)
-            if need_x:
-                other, permutation = pattern.transpose()
-                transposed = other.starts, other.columns, permutation
-            found = _linear_backward(
-                dy, x, U, V, pattern.starts, pattern.columns, pattern.shape[1], pattern.group,
-                values, base, *transposed, hidden, need_x, need_V, need_values, need_bias,
-            )  # fmt: skip
-        grads = (g if need else None for g, need in zip(found, needs, strict=True))
-        return *grads, None, None, None
-
-
-def _differentiable_backward(
-    dy: Tensor | None,
-    dh: Tensor | None,
-    x: Tensor | None,
-    U: Tensor | None,
-    V: Tensor | None,
-    values: Tensor | None,
-    base: Tensor | None,
-    hidden: Tensor | None,
-    pattern: SparsePattern,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """The same gradients in operations that have gradients themselves, none of them m x n.
-
-    The saved `hidden` is an output of the node, hence of x and V: a second derivative through it
-    comes back as `dh`.
-    """
-    need_x, need_U, need_V, need_values, need_bias = needs
-    dx = dU = dV = dvalues = dbias = None
-    if dy is not None:
-        if need_U and hidden is not None:
-            dU = rows_of(dy).T @ rows_of(hidden)
-        if need_values and x is not None:
-            sampled = _call_sampled if torch.compiler.is_compiling() else sampled_matmul
-            dvalues = sampled(dy, x, pattern)
-        if need_bias:
-            dbias = rows_of(dy).sum(0)
-        if need_x and values is not None:
-            other, permutation = pattern.transpose()
-            dx = sparse_linear(dy, other, values[permutation])
-            if base is not None:
-                dx = dx + dy @ base
-        if U is not None:
-            dh = dy @ U if dh is None else dy @ U + dh
-    if dh is not None and V is not None and need_x:
-        dx = dh @ V if dx is None else dx + dh @ V
-    if dh is not None and x is not None and need_V:
-        dV = rows_of(dh).T @ rows_of(x)
-    return dx, dU, dV, dvalues, dbias
-
-
-class _SampledMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, x: Tensor, pattern: SparsePattern) -> Tensor:
-        need_dy, need_x, _ = ctx.needs_input_grad
-        ctx.save_for_backward(dy if need_x else None, x if need_dy else None)
-        ctx.pattern = pattern
-        return _call_sampled(dy, x, pattern)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        dy, x = ctx.saved_tensors
-        pattern = ctx.pattern
-        ddy = dx = None
-        if x is not None:
-            ddy = sparse_linear(x, pattern, g)
-        if dy is not None:
-            other, permutation = pattern.transpose()
-            dx = sparse_linear(dy, other, g[permutation])
-        return ddy, dx, None

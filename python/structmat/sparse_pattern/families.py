@@ -65,27 +65,16 @@ def shares(groups: int, wanted: int) -> Tensor:
     return least + ends.diff()
 
 
-def by_place(W: Tensor, family: str) -> Tensor:
-    """A matrix ``(m, n)`` as ``(groups, places, entries)``, padded by zeros."""
+def by_place(W: Tensor, family: str, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """What the entries of each place of a matrix ``(m, n)`` come to: ``(groups, places)``."""
     m, n = W.shape
     rows, width = rows_in_group(family, m), STRIP if family == "block16" else 1
     below, right = -m % rows, -n % width
     if below or right:
         W = torch.nn.functional.pad(W, (0, right, 0, below))
     groups, places = (m + below) // rows, (n + right) // width
-    return W.view(groups, rows, places, width).transpose(1, 2).flatten(2)
-
-
-def largest(scores: Tensor, wanted: int) -> Tensor:
-    """Indices ``(groups, wanted)`` of the largest of each row, ascending; of equals, the first."""
-    groups, places = scores.shape
-    if wanted in (0, places):
-        return torch.arange(wanted, device=scores.device).expand(groups, wanted)
-    least = scores.kthvalue(places - wanted + 1, dim=1, keepdim=True).values
-    above, equal = scores > least, scores == least
-    room = wanted - above.sum(1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(1) <= room))
-    return chosen.nonzero()[:, 1].view(groups, wanted)
+    by_column = reduce(W.reshape(groups, rows, places * width), 1)
+    return reduce(by_column.view(groups, places, width), 2)
 
 
 def choose(

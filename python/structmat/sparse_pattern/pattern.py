@@ -18,11 +18,11 @@ from .families import (
     choose,
     grid,
     groups_of,
-    largest,
     rows_in_group,
     slabs_of,
     wanted_places,
 )
+from .selection import best
 
 _random_subsets = torch.ops.structmat.random_subsets.default
 _transpose = torch.ops.structmat.sparse_transpose.default
@@ -201,6 +201,13 @@ class SparsePattern:
         return cls._from_columns(m, n, family, group, column)
 
     @classmethod
+    def _from_chosen(cls, m: int, n: int, family: str, chosen: Tensor) -> "SparsePattern":
+        """The pattern of a mask ``(groups, places)``."""
+        if family == "uniform":
+            return cls._from_columns(m, n, family, *chosen.view(m, n).nonzero(as_tuple=True))
+        return cls._from_choice(m, n, family, *chosen.nonzero(as_tuple=True))
+
+    @classmethod
     def _from_columns(
         cls, m: int, n: int, family: str, group: Tensor, column: Tensor
     ) -> "SparsePattern":
@@ -240,12 +247,9 @@ class SparsePattern:
         if mask.dim() != 2:
             raise ValueError(f"{op}: mask must have 2 dimensions, got {mask.dim()}")
         m, n = mask.shape
-        groups, _ = grid(op, m, n, family)
-        if family == "uniform":
-            row, column = mask.nonzero(as_tuple=True)
-            return cls._from_columns(m, n, family, row, column)
-        chosen = by_place(mask, family).amax(2) if m and n else mask.new_zeros(groups, 0)
-        made = cls._from_choice(m, n, family, *chosen.nonzero(as_tuple=True))
+        grid(op, m, n, family)  # for its errors
+        chosen = mask.reshape(1, -1) if family == "uniform" else by_place(mask, family, torch.any)
+        made = cls._from_chosen(m, n, family, chosen)
         if made.nnz != int(mask.sum()):
             raise ValueError(
                 f"{op}: the mask is no pattern of family {family!r}: it has {int(mask.sum())} "
@@ -383,21 +387,11 @@ class SparsePattern:
         if scores.dim() != 2:
             raise ValueError(f"{op}: scores must have 2 dimensions, got {scores.dim()}")
         m, n = scores.shape
-        groups, places = grid(op, m, n, family)
         wanted = wanted_places(op, density, m, n, family)
         scores = scores.detach()
         if scores.numel() and not (float(scores.min()) >= 0 and float(scores.max()) < math.inf):
             raise ValueError(f"{op}: scores must be finite and not negative")
-        if scores.numel() == 0 or family == "uniform":
-            sums = scores.reshape(groups, places)
-        else:
-            wide = torch.promote_types(scores.dtype, torch.float32)
-            sums = by_place(scores.to(wide), family).sum(2)
-
-        def choice(k: int, those: Tensor) -> Tensor:
-            return largest(sums if len(those) == groups else sums[those], k)
-
-        return cls._from_choice(m, n, family, *choose(choice, groups, wanted, sums.device))
+        return cls._from_chosen(m, n, family, best(scores, wanted, family))
 
     @property
     def density(self) -> float:
