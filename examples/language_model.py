@@ -175,6 +175,7 @@ LARGE = Plan(768, 12, 512, 64, 4000, 40, 256, 4e-3, 1 << 40)
 class Contender:
     name: str
     make: Callable[[], LanguageModel]
+    rate: float = 1.0  # times the learning rate of the plan
     losses: list[list[float]] = field(default_factory=list)  # of each seed, at each evaluation
     times: list[float] = field(default_factory=list)  # of steps, seconds
     state: int = 0  # bytes of parameters, gradients, moments and indices
@@ -270,7 +271,8 @@ def train(plan: Plan, runners: list[Contender], seeds: int, device: str) -> None
         runs = []
         for runner in runners:
             torch.manual_seed(seed)
-            runs.append(Run.start(runner.make().to(device), plan))
+            own = replace(plan, lr=plan.lr * runner.rate)
+            runs.append(Run.start(runner.make().to(device), own))
             runner.losses.append([])
         generator.manual_seed(1000 + seed)
         for step in track(

@@ -18,6 +18,7 @@ uniform of the same seed, and a picture of both.
 """
 
 import statistics
+from bisect import bisect_right
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,10 @@ import structmat as sm
 
 FAMILIES = "uniform", "columns", "vector16", "block16"
 HEADS = 4
-SMALL = Plan(256, depth=3, context=128, batch=8, steps=600, evaluations=12, validation=128, lr=4e-3)
+# Of the doubling learning rates this is the best for each kind of layer, alike for the four families,
+# after 150 steps from a seed that the comparison does not use.
+SPARSE_RATE = 2.0
+SMALL = Plan(256, depth=2, context=128, batch=8, steps=300, evaluations=10, validation=128, lr=4e-3)
 
 
 def rotated(x: Tensor) -> Tensor:
@@ -122,11 +126,14 @@ def contenders(plan: Plan, rank: int, density: float) -> list[Contender]:
     with torch.device("meta"):
         parameters = sparse("uniform").parameter_count()
         widths = range(2 * HEADS, plan.width, 2 * HEADS)
-        narrow = max(width for width in widths if dense(width).parameter_count() <= parameters)
+        below = bisect_right(widths, parameters, key=lambda width: dense(width).parameter_count())
     return [
         Contender("dense", lambda: dense(plan.width)),
-        Contender("dense, equal parameters", lambda: dense(narrow)),
-        *(Contender(family, lambda family=family: sparse(family)) for family in FAMILIES),
+        Contender("dense, equal parameters", lambda: dense(widths[below - 1])),
+        *(
+            Contender(family, lambda family=family: sparse(family), SPARSE_RATE)
+            for family in FAMILIES
+        ),
         Contender("low rank", low_rank),
     ]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/train_sparse_low_rank.py and what it shares with train_monarch.py: it is fair and trains."""
+"""examples/train_sparse_low_rank.py and language_model.py: the comparison is fair; it trains."""
 
 import importlib
 import math
