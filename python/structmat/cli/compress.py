@@ -14,6 +14,7 @@ import structmat as sm
 from structmat.cli.errors import UserError, reports_errors, require
 from structmat.cli.output import new_folder, print_json, progress
 from structmat.cli.text import batches_of, load_model, load_tokenizer, loss_for, read_passages
+from structmat.compress.compress import STRUCTURES, WITHOUT_DATA
 
 
 class Method(str, Enum):
@@ -22,9 +23,6 @@ class Method(str, Enum):
     fisher = "fisher"
     monarch = "monarch"
     sparse_low_rank = "sparse_low_rank"
-
-
-_STRUCTURES = (Method.monarch, Method.sparse_low_rank)
 
 
 class Ranks(str, Enum):
@@ -65,13 +63,13 @@ def compress(
     require("transformers", "safetensors")
     if not 0 < keep < 1:
         raise UserError(f"--keep must lie between 0 and 1, got {keep:g}")
-    without = method in (Method.svd, *_STRUCTURES)
+    without = method.value in WITHOUT_DATA
     if calibration is None and (not without or ranks is Ranks.global_ or sequential):
         raise UserError(
-            "needs --calibration FILE, except for --method svd, monarch or sparse_low_rank with "
-            "--ranks uniform"
+            f"needs --calibration FILE, except for --method {', '.join(WITHOUT_DATA)} with --ranks "
+            "uniform"
         )
-    if method in _STRUCTURES and ranks is Ranks.global_:
+    if method.value in STRUCTURES and ranks is Ranks.global_:
         raise UserError(f"--method {method.value} goes with --ranks uniform")
     if sequential and method is not Method.whitened:
         raise UserError(f"--sequential goes with --method whitened, not {method.value}")

@@ -34,7 +34,8 @@ from .sequential import fit_in_sequence, placing, stages_of
 from .sparse_low_rank import decomposed
 
 METHODS = ("svd", "fisher", "whitened", "monarch", "sparse_low_rank")
-_STRUCTURES = ("monarch", "sparse_low_rank")  # of uniform ranks, with or without data
+STRUCTURES = ("monarch", "sparse_low_rank")  # of uniform ranks only
+WITHOUT_DATA = ("svd", *STRUCTURES)  # with uniform ranks, as well as with data
 RANKS = ("uniform", "global")
 
 
@@ -48,6 +49,7 @@ def compress(
     calibration: Iterable[Batch] | Callable[[], Iterable[Batch]] | None = None,
     objective: Objective | None = None,
     filter: Filter = None,
+    iterations: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CompressionReport:
@@ -103,6 +105,8 @@ def compress(
         filter: which layers: a pattern or patterns of names as in a shell (``"encoder.*"``), or
             ``filter(name, module) -> bool``; by default all but those whose weight is tied to
             something else, as to an embedding.
+        iterations: of ``sparse_low_rank``, whose time they take, at most; by default those of
+            :func:`structmat.sparse_low_rank.decompose`.
         seed: of the random projections.
         progress: ``progress(stage, done, total)``, called often.
 
@@ -143,6 +147,8 @@ def compress(
     """
     started = time.perf_counter()
     _check_options(model, keep, method, ranks, sequential, calibration)
+    if iterations is not None and method != "sparse_low_rank":
+        raise ValueError(f"compress: iterations goes with method='sparse_low_rank', got {method!r}")
     keep = float(keep)
     tell = progress or (lambda stage, done, total: None)
     device = next(model.parameters()).device
@@ -158,7 +164,7 @@ def compress(
         if method == "monarch":
             plans = projected(model, targets, data, keep, tell)
         elif method == "sparse_low_rank":
-            plans = decomposed(model, targets, data, keep, seed, tell)
+            plans = decomposed(model, targets, data, keep, iterations, seed, tell)
         elif sequential and ranks == "uniform":  # the ranks are all it takes
             plans = [Plan(target, rank=uniform_rank(*target.shape, keep)) for target in targets]
         else:
@@ -275,14 +281,14 @@ def _check_options(
         raise ValueError(f"compress: method must be one of {', '.join(METHODS)}, got {method!r}")
     if ranks not in RANKS:
         raise ValueError(f"compress: ranks must be one of {', '.join(RANKS)}, got {ranks!r}")
-    if ranks == "global" and method in _STRUCTURES:
+    if ranks == "global" and method in STRUCTURES:
         raise ValueError(f"compress: method={method!r} has ranks='uniform' only, got 'global'")
     if sequential and method != "whitened":
         raise ValueError(f"compress: sequential goes with method='whitened', got {method!r}")
-    if calibration is None and (method not in ("svd", *_STRUCTURES) or ranks == "global"):
+    if calibration is None and (method not in WITHOUT_DATA or ranks == "global"):
         raise ValueError(
             f"compress: method={method!r} with ranks={ranks!r} needs calibration, batches for the "
-            "model; only 'svd', 'monarch' and 'sparse_low_rank' with ranks='uniform' do without"
+            f"model; only {', '.join(map(repr, WITHOUT_DATA))} with ranks='uniform' do without"
         )
 
 

@@ -27,12 +27,13 @@ class Found(NamedTuple):
 
 
 def nearest(W: Tensor, rank: int, wanted: int, family: str, iterations: int, seed: int) -> Found:
-    """In the Frobenius norm, where each step is a minimum: of P for the rows that V spans, of V
-    for P, and of S. ``6 m n r`` FLOPs an iteration, and all in the dtype of W.
+    """In the Frobenius norm, where each step is a minimum: of V for P, of P for V, of V
+    again, and of S. ``8 m n r`` FLOPs an iteration, and all in the dtype of W.
 
     ``E = W - P V - S`` is computed entry by entry, so that its norm suffers no cancellation, and
     ``W - S = E + P V``, which the next P and V need, is not formed.
     """
+    m, n = W.shape
     whole = _squares(W)
     P = _start(W, W, rank, seed)
     V = P.T @ W
@@ -41,7 +42,7 @@ def nearest(W: Tensor, rank: int, wanted: int, family: str, iterations: int, see
     losses: list[float] = []
     while True:
         chosen = best(torch.mul(E, E, out=scores), wanted, family)
-        E.masked_fill_(covered(chosen, *W.shape, family), 0)
+        E.masked_fill_(covered(chosen, m, n, family), 0)
         loss = _squares(E)
         if losses and loss > losses[-1]:  # by rounding
             break
@@ -55,7 +56,7 @@ def nearest(W: Tensor, rank: int, wanted: int, family: str, iterations: int, see
         P = P_new
         torch.addmm(W, P, V, alpha=-1, out=E)
     P, V, chosen = kept
-    pattern = SparsePattern._from_chosen(*W.shape, family, chosen)
+    pattern = SparsePattern._from_chosen(m, n, family, chosen)
     return Found(P, V, pattern, pattern.gather(torch.addmm(W, P, V, alpha=-1, out=E)), losses)
 
 
@@ -67,7 +68,8 @@ def nearest_in(
     S is a majorisation step: of ``Z = S + E C (t D)^-1``, ``E = W - P V - S``, ``D = diag(C)``, the
     largest entries in the norm of D. ``t`` is doubled until the error falls.
     """
-    d, limit = C.diagonal, 2.0 * W.shape[1]
+    m, n = W.shape
+    d, limit = C.diagonal, 2.0 * n
     seen = d > 0
     inverse = torch.where(seen, 1 / d, 0.0)
     G = C.times(W)  # X C with X = W - S, as H = P^T X C
@@ -92,7 +94,7 @@ def nearest_in(
         while True:
             Z = S + torch.where(seen, F * (inverse / t), E)
             places = best(Z.square() * d, wanted, family)
-            S_new = Z.mul_(covered(places, *W.shape, family))
+            S_new = Z.mul_(covered(places, m, n, family))
             E_new = E + S - S_new
             F_new = C.times(E_new)
             found = inner(E_new, F_new)
@@ -107,7 +109,7 @@ def nearest_in(
         if _done(losses, whole, W.dtype):
             break
     assert chosen is not None
-    pattern = SparsePattern._from_chosen(*W.shape, family, chosen)
+    pattern = SparsePattern._from_chosen(m, n, family, chosen)
     return Found(P, V, pattern, pattern.gather(S), losses)
 
 

@@ -56,9 +56,9 @@ def decompose(
     Minimises ``||(W - U V - S) C^(1/2)||_F`` over ``U V`` of rank r and ``S`` on a support of the
     family, with C the second moment of the inputs, by turns:
 
-    - ``U V``: at first the truncated SVD, roughly; later the best U for the rows of the V before,
-      then the best V for it, ``P^T (W - S)`` with ``P = orth(U)``, for which C need not be inverted
-      and may be singular.
+    - ``U V``: at first the truncated SVD, roughly; later one sweep of subspace iteration from the U
+      before, ``P = orth((W - S) C (W - S)^T U)``, then the best V for it, ``P^T (W - S)``, for
+      which C need not be inverted and may be singular.
     - ``S``: the largest entries, or groups of them, of ``S + (W - U V - S) C (t D)^-1``, measured
       in ``D = diag(C)``. Without inputs and for a diagonal C that is, with ``t = 1``, the exact
       minimum. For a full one it is a majorisation step: ``t`` is doubled until the error falls,
@@ -90,9 +90,9 @@ def decompose(
             numbers on the diagonal or negative eigenvalues.
         torch.linalg.LinAlgError: NaN or Inf in W or in inputs.
 
-    Cost: ``6 m n r`` FLOPs and one selection among ``m n`` scores an iteration, in float64 for a W
+    Cost: ``8 m n r`` FLOPs and one selection among ``m n`` scores an iteration, in float64 for a W
     of float64, else in float32, with four matrices of the size of W in memory. With full moments
-    ``12 m n r`` FLOPs and ``2 m n^2`` for each ``t`` tried, all in float64, with ten matrices: the
+    ``14 m n r`` FLOPs and ``2 m n^2`` for each ``t`` tried, all in float64, with ten matrices: the
     errors of an ill-conditioned C are differences of large numbers.
 
     Sources: Zhou, Tao, GoDec (ICML 2011) for the alternation; Zhang, Papyan, OATS (ICLR 2025) for
