@@ -49,10 +49,18 @@ GOALS = [
 ]
 # Where the ways to run it meet: thresholds of sparse_low_rank_plan.h.
 GRID = [Case(t, density=d) for d in (0.01, 0.03, 0.1) for t in (8, 33, 64, 256, 1023, 1024, 16384)]
+GRID += [
+    Case(t, family, density=d)
+    for family in ("vector16", "block16")
+    for d in (0.03, 0.1, 0.12)  # from 0.1 on as any support
+    for t in (33, 256, 16384)
+]
+GRID += [Case(4096, family, "backward") for family in ("vector16", "block16")]
 TINY = [
     Case(2, n=48, rank=4, density=0.2),
     Case(40, "columns", "backward", n=48, rank=4, density=0.2),
     Case(40, passes="sampled", n=48, rank=4, density=0.2),
+    Case(40, "vector16", "backward", n=48, rank=4, density=0.08),
 ]
 
 

@@ -57,8 +57,10 @@ def chain(x: torch.Tensor, bias: torch.Tensor, *factors: torch.Tensor) -> torch.
     return sm.ops.kronecker_sparse_linear(x, factors, bias)
 
 
-def sparse_low_rank(name: str, family: str, tokens: int, m: int, n: int, r: int) -> Operation:
-    drawn = sm.SparsePattern.random(m, n, 0.2, family=family)
+def sparse_low_rank(
+    name: str, family: str, tokens: int, m: int, n: int, r: int, density: float = 0.2
+) -> Operation:
+    drawn = sm.SparsePattern.random(m, n, density, family=family)
     drawn.transpose()
     on = functools.cache(drawn.to)  # a pattern is copied to a device once, before any capture
 
@@ -66,7 +68,8 @@ def sparse_low_rank(name: str, family: str, tokens: int, m: int, n: int, r: int)
         x: torch.Tensor, U: torch.Tensor, V: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         pattern = on(x.device)
-        base = (U[:, :1] * V[:1]).detach()  # torch's U @ V depends on the number of threads
+        # torch's U @ V depends on the number of threads
+        base = (U[:, :1] * V[:1]).detach() if density == 0.2 else None
         y = sm.ops.sparse_low_rank_linear(x, U, V, pattern, values, bias, base=base)
         return y, sm.ops.sampled_matmul(y, x, pattern)
 
@@ -166,6 +169,7 @@ OPERATIONS = [
     sparse_low_rank("sparse_low_rank_linear, columns", "columns", 35, 32, 48, 8),
     sparse_low_rank("sparse_low_rank_linear, vectors", "vector16", 2, 41, 48, 5),
     sparse_low_rank("sparse_low_rank_linear, blocks", "block16", 35, 32, 48, 8),
+    sparse_low_rank("sparse_low_rank_linear, strips", "block16", 35, 48, 176, 8, 0.09),
     Operation("streaming_svd", ((133, 9),), streaming, False),
     Operation("streaming_svd, wide rows", ((3, 131),), streaming_wide, False, (torch.float32,)),
     Operation("gaussian", ((0,),), gaussian, False, WIDE),

@@ -451,6 +451,7 @@ def nan_embedding(model: nn.Module) -> None:
         ({"method": "magic"}, None, "method must be one of"),
         ({"ranks": "magic"}, None, "ranks must be one of"),
         ({"method": "svd", "sequential": True}, None, "sequential goes with"),
+        ({"iterations": 3}, None, "iterations goes with"),
         ({"calibration": None}, None, "needs calibration"),
         ({"calibration": []}, None, "calibration is empty"),
         ({"filter": "decoder.*"}, None, "no layer matched"),

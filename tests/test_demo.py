@@ -23,7 +23,7 @@ from structmat.demo import measure, report, run  # noqa: E402
 pytestmark = pytest.mark.xdist_group("demo")  # it is run once
 PLAN = run.Plan(
     keeps=(0.7, 0.4),
-    methods=("svd", "fisher", "monarch", "whitened", "global"),
+    methods=("svd", "fisher", "monarch", "sparse", "whitened", "global"),
     pairs=100,
     evaluation_pairs=16,
     calibration_pairs=64,
@@ -43,6 +43,7 @@ def demo() -> run.Demo:
     steps: list[tuple[str, int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("structmat.monarch.truncate._SWEEPS", 1)  # all of them take 20 s
+        patch.setitem(run.METHODS["sparse"]["options"], "iterations", 1)
         result = run.run(PLAN, lambda *step: steps.append(step))
     assert [done for _, done, _ in steps] == list(range(len(steps)))
     assert {total for *_, total in steps} == {len(steps)}
@@ -61,7 +62,9 @@ def test_numbers_are_consistent(demo: run.Demo) -> None:
     for r in demo.results:
         assert 0.9 * r.keep < r.kept <= r.keep
         assert r.parameters < original.parameters
-        assert r.file_bytes == pytest.approx(4 * r.parameters, rel=0.02)
+        # Places take 2 bytes a weight of S: three quarters of what the layers keep.
+        places = 1.5 * sum(x["params_after"] for x in r.layers or []) if r.method == "sparse" else 0
+        assert r.file_bytes == pytest.approx(4 * r.parameters + places, rel=0.02)
         assert r.peak_bytes < original.peak_bytes
         assert -1 <= r.cosine_p05 <= r.cosine_mean <= 1
         assert 0 <= r.recall_at_1 <= r.recall_at_10 <= 1
@@ -75,7 +78,8 @@ def test_looking_at_activations_pays(demo: run.Demo) -> None:
         plain = demo.result("svd", keep).cosine_mean
         assert demo.result("whitened", keep).cosine_mean > plain + 0.2
         assert demo.result("global", keep).cosine_mean > plain + 0.1
-    assert demo.result("monarch", 0.4).cosine_mean > demo.result("svd", 0.4).cosine_mean + 0.1
+    for structure in ("monarch", "sparse"):
+        assert demo.result(structure, 0.4).cosine_mean > demo.result("svd", 0.4).cosine_mean + 0.1
     for method in ("svd", "fisher", "whitened", "global"):
         assert demo.result(method, 0.7).cosine_mean > demo.result(method, 0.4).cosine_mean
 
@@ -83,9 +87,9 @@ def test_looking_at_activations_pays(demo: run.Demo) -> None:
 def test_smaller_sizes_are_taken_from_one_file(demo: run.Demo) -> None:
     """Uniform one-shot methods are compressed once; the best one at every size."""
     for r in demo.results:
-        fresh = r.keep == PLAN.keeps[0] or r.method in ("global", "monarch")
+        fresh = r.keep == PLAN.keeps[0] or r.method in ("global", "monarch", "sparse")
         assert (r.layers is not None) == (r.compress_seconds is not None) == fresh
-    nested = [r for r in demo.results if r.method not in ("global", "monarch")]
+    nested = [r for r in demo.results if r.method not in ("global", "monarch", "sparse")]
     uniform = {r.parameters for r in nested if r.keep == 0.4}
     assert len(uniform) == 1
 

@@ -158,6 +158,25 @@ float expected(int, int t) {
 """
 
 
+# Hands its value to the next block, all of which must have come.
+TOGETHER = """
+#include "grid_barrier.h"
+#undef SM_LAUNCH
+#define SM_LAUNCH SM_LAUNCH_TOGETHER
+__global__ void kernel(const float* in, float* out) {
+  SM_DYNAMIC_SHARED(float, tile);
+  const unsigned t = threadIdx.x, block = blockIdx.x;
+  tile[t] = in[block * 72 + t];
+  out[block * 72 + t] = -1;
+  structmat::cuda::GridBarrier barrier;
+  if (ARRIVES) barrier.arrive();
+  WAIT;
+  out[(block + 1) % 3 * 72 + t] = tile[t];
+}
+float expected(int block, int t) { return float((block + 2) % 3 * 72 + t); }
+"""
+
+
 def run(folder: Path, kernel: str, *flags: str) -> subprocess.CompletedProcess[str]:
     source, program = folder / "planted.cpp", folder / "planted"
     source.write_text(MAIN.format(kernel=kernel))
@@ -221,3 +240,10 @@ def test_copies_arrive_when_waited_for(tmp_path: Path) -> None:
 
 def test_matrix_instructions(tmp_path: Path) -> None:
     assert run(tmp_path, MATRICES).stdout == "right\n"
+
+
+def test_blocks_that_wait_for_each_other(tmp_path: Path) -> None:
+    wait, arrives = "-DWAIT=barrier.wait()", "-DARRIVES=true"
+    assert run(tmp_path, TOGETHER, wait, arrives).stdout == "right\n"
+    assert run(tmp_path, TOGETHER, "-DWAIT=", arrives).stdout == "wrong\n"
+    assert "deadlock" in run(tmp_path, TOGETHER, wait, "-DARRIVES=block>0").stdout

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wheel's contents, and C++ programs against the wheel and against `cmake --install`.
 
-Both are built without CUDA: that is quick, and shows that a machine without nvcc can build.
+Both are built here, without CUDA: that is quick, and shows that a machine without nvcc can build.
+Where STRUCTMAT_TEST_WHEELS names the folder of a wheel that is built already, and
+STRUCTMAT_TEST_PREFIX that of an installed library, these are tested instead.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -45,6 +48,9 @@ def ninja() -> list[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if built := os.environ.get("STRUCTMAT_TEST_WHEELS"):
+        [found] = Path(built).glob("structmat-*.whl")
+        return found
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
     settings = ["build-dir=build/test-wheel", "cmake.define.STRUCTMAT_CUDA=OFF"]
@@ -61,6 +67,9 @@ def prefix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         with zipfile.ZipFile(request.getfixturevalue("wheel")) as archive:
             archive.extractall(folder)
         return folder / "structmat"
+    if built := os.environ.get("STRUCTMAT_TEST_PREFIX"):
+        assert (Path(built) / "lib/libstructmat.so").is_file(), f"{built} has no libstructmat.so"
+        return Path(built)
     build = ROOT / "build" / "test-cmake"
     cmake("-S", ROOT, "-B", build, *ninja(), "-DSTRUCTMAT_CUDA=OFF", "-DSTRUCTMAT_WERROR=ON",
           f"-DPython_EXECUTABLE={sys.executable}")  # fmt: skip

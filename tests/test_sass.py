@@ -22,9 +22,10 @@ EXPECTED = {
     "mma_product_kernel": (r"HMMA\.16816", r"LDSM"),  # tensor cores
     "fused_kernel": (r"HMMA\.16816", r"LDS[.\w]*\.128"),
     "simt_product_kernel": (r"LDGSTS",),  # asynchronous copies
-    "scatter_product_kernel": (r"HMMA\.16816", r"LDSM", r"STS\.U16"),  # entries over zeros
+    "ScatteredE": (r"HMMA\.16816", r"LDSM", r"STS\.U16"),  # joined_kernel: entries over zeros
+    "GatheredE": (r"HMMA\.16816", r"LDSM\.16\.MT88", r"LDGSTS[.\w]*\.128"),  # and of strips
     "sparse_product_kernel": (r"SHFL\.IDX",),  # an entry of S for all tokens of a warp
-    "few_tokens_kernel": (r"LDG\.E[.\w]*\.128",),  # V beside S
+    "few_low_rank_kernel": (r"LDG\.E[.\w]*\.128", r"LD[.\w]*\.STRONG\.GPU"),  # S beside V, U
 }
 
 

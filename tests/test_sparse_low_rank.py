@@ -241,11 +241,11 @@ def test_opcheck(family: str) -> None:
         )
     dy, h = make(3, 18), make(3, 2)
     other, permutation = pattern.transpose()
-    transposed = other.starts, other.columns, permutation
+    transposed = other.starts, other.columns, permutation, 1
     backward = ops.sparse_low_rank_linear_backward.default
     weights = U, V, *index, 18, 20, pattern.group, values, base
     torch.library.opcheck(backward, (dy, x, *weights, *transposed, h, True, True, True, True))
-    none = None, None, None, None
+    none = None, None, None, 1, None
     torch.library.opcheck(backward, (dy, x, *weights, *none, False, False, True, False))
     like = 18, 20, pattern.group, pattern.nnz
     torch.library.opcheck(ops.sampled_matmul.default, (dy, x, *index, *like))

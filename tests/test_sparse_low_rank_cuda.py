@@ -66,6 +66,13 @@ def test_few_tokens(backend: Backend, dtype: torch.dtype, tokens: int) -> None:
     compare((tokens, 37, 41, 3), 0.1, dtype, backend.device, base=tokens == 3)
 
 
+# A device that holds two blocks, which then take several pieces each, of h too; m below r.
+def test_few_tokens_on_a_small_device(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRUCTMAT_EMULATE_SMS", "1")
+    compare((19, 37, 41, 3), 0.1, torch.float32, backend.device)
+    compare((1, 7, 2100, 9), 0.1, torch.bfloat16, backend.device)
+
+
 def test_few_tokens_of_more_columns_than_shared_memory_holds(backend: Backend) -> None:
     compare((7, 9, 4200, 2), 0.03, torch.float32, backend.device)
 
@@ -81,6 +88,22 @@ def test_sparse_rows(backend: Backend, dtype: torch.dtype, family: str) -> None:
 def test_tiles(backend: Backend, dtype: torch.dtype, family: str) -> None:
     compare((70, 66, 75, 5), 0.2, dtype, backend.device, family)
     compare((40, 72, 48, 8), 0.3, dtype, backend.device, family, base=True)
+
+
+# Strips of 16 rows, the last of fewer, some without columns; blocks for dx too. Whole packs and
+# none, no low rank, both tile sizes, two slabs.
+@pytest.mark.parametrize("family", ["vector16", "block16"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_strips(backend: Backend, dtype: torch.dtype, family: str) -> None:
+    for *size, density in ((70, 54, 189, 5, 0.08), (40, 64, 176, 8, 0.07), (33, 40, 200, 0, 0.04)):
+        assert 0 < sm.SparsePattern.random(*size[1:3], density, family=family).density <= 0.1
+        compare(tuple(size), density, dtype, backend.device, family, layout="slice")
+
+
+@pytest.mark.parametrize("family", ["vector16", "block16"])
+def test_large_strips_and_slabs(backend: Backend, family: str) -> None:
+    compare((257, 33, 200, 8), 0.08, torch.bfloat16, backend.device, family)
+    compare((33, 20, 4200, 0), 0.01, torch.float16, backend.device, family)
 
 
 def test_large_tiles_and_full_rows(backend: Backend) -> None:

@@ -34,6 +34,21 @@ void choices() {
   assert(way_of(product(33, 0.03)) == Way::tiles && way_of(product(1023, 0.03)) == Way::tiles);
   assert(way_of(product(1024, 0.03)) == Way::dense && way_of(product(big, 0.03)) == Way::dense);
   assert(way_of(product(33, 0.01)) == Way::sparse && way_of(product(big, 0.01)) == Way::sparse);
+  // Strips, but where they are dense or the product is dense anyway.
+  Product p = product(33, 0.03);
+  p.row_strips = true;
+  assert(way_of(p) == Way::strips && p.transposed().column_strips);
+  assert(way_of(p.transposed()) == Way::tiles);
+  p.tokens = 4096;
+  assert(way_of(p) == Way::strips && way_of(p.transposed()) == Way::dense);
+  p.column_strips = true;
+  assert(way_of(p.transposed()) == Way::strips);
+  p.base = true;
+  assert(way_of(p) == Way::dense);
+  p = product(4096, 0.2), p.row_strips = true;
+  assert(way_of(p) == Way::dense && way_of(p.transposed()) == Way::dense);
+  p = product(64, 0.03, DType::f32), p.row_strips = true;
+  assert(way_of(p) == Way::sparse);
   // No tensor cores: sparse up to a fourth.
   for (const DType dtype : {DType::f32, DType::f64}) {
     assert(way_of(product(128, 0.5, dtype)) == Way::sparse);
@@ -68,12 +83,25 @@ void spaces() {
   assert(joined.k == 128 && joined.inner == 256 && joined.left == at);
   assert(static_cast<char*>(joined.right) == at + 4096 * 256 * 2);
   // The gradient of x is a product with the transpose; its values are put in order.
-  const BackwardSpace back(product(512, 0.03, DType::bf16, 64, 4096), 132, at);
+  const Wanted all;
+  const BackwardSpace back(product(512, 0.03, DType::bf16, 64, 4096), all, 132, at);
   assert(back.way == Way::tiles && back.values != nullptr && back.weight == nullptr);
-  const BackwardSpace written(product(4096, 0.03), 132, at);
+  const BackwardSpace written(product(4096, 0.03), all, 132, at);
   assert(written.way == Way::dense && written.values == nullptr && written.weight != nullptr);
-  const BackwardSpace few_back(product(8, 0.03), 132, at);
+  const BackwardSpace few_back(product(8, 0.03), all, 132, at);
   assert(few_back.way == Way::few && few_back.values != nullptr && few_back.sums != nullptr);
+  // Only what is wanted.
+  const Wanted x{true, false, false, false, false}, bias{false, false, false, false, true};
+  assert(BackwardSpace(product(512, 0.03), x, 132, nullptr).bytes ==
+         512 * 128 * 2 + static_cast<std::size_t>(gemm) +
+             low_rank::aligned(static_cast<std::size_t>(product(512, 0.03).nnz) * 2));
+  assert(BackwardSpace(product(512, 0.03), bias, 132, nullptr).bytes ==
+         low_rank::aligned(cuda::column_sum_bytes(512, 4096, DType::bf16)));
+  // Strips: x^T, places and values by steps of 16 columns.
+  Product strips = product(509, 0, DType::bf16, 4096, 4000);
+  strips.nnz = 4096 * 117, strips.r = 0, strips.row_strips = true;
+  const std::size_t steps = 4096 * 117 / 256 + 256;
+  assert(ForwardSpace(strips, nullptr).bytes == 4000 * 512 * 2 + steps * (64 + 512) + gemm);
 }
 
 void sums() {

@@ -174,28 +174,6 @@ struct LaneWeights {
   }
 };
 
-// Columns of rows that will be read or (kWrite) written next: their lines are fetched into the
-// level-2 cache part by part while a product runs. Short runs of many rows are no stream that the
-// machine would follow: 0.8 of the time at 64 columns a block.
-template <bool kWrite>
-struct Ahead {
-  const char* data = nullptr;
-  std::int64_t stride = 0, rows = 0, lines = 0, row = 0, line = 0;
-
-  template <class T>
-  static Ahead of(const T* data, std::int64_t stride, std::int64_t rows, std::int64_t count) {
-    constexpr std::int64_t size = sizeof(T);
-    return {reinterpret_cast<const char*>(data), stride * size, rows, ceil_div(count * size, 64)};
-  }
-  // One of `parts` shares.
-  void fetch(std::int64_t parts) {
-    for (std::int64_t left = ceil_div(rows * lines, parts); left > 0 && row < rows; --left) {
-      __builtin_prefetch(data + row * stride + line * 64, kWrite ? 1 : 0, 2);
-      if (++line == lines) line = 0, ++row;
-    }
-  }
-};
-
 // A panel of a block's inputs: word p of token t at data[p * ld + t], whole vectors of tokens.
 // The rows of block b times it: row r's tokens go to place(r).
 template <class S, class T, bool kPairs, bool kWrite, class Place>

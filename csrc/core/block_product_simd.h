@@ -275,6 +275,28 @@ void fetch_ahead(const Rows<S>& a, int rows, std::int64_t depth) {
       __builtin_prefetch(a.data + (rows + r) * a.row_stride + p);
 }
 
+// Columns of rows that will be read or (kWrite) written next: their lines are fetched into the
+// level-2 cache part by part while a product runs. Short runs of many rows are no stream that the
+// machine would follow: 0.8 of the time at 64 columns a block.
+template <bool kWrite>
+struct Ahead {
+  const char* data = nullptr;
+  std::int64_t stride = 0, rows = 0, lines = 0, row = 0, line = 0;
+
+  template <class T>
+  static Ahead of(const T* data, std::int64_t stride, std::int64_t rows, std::int64_t count) {
+    constexpr std::int64_t size = sizeof(T);
+    return {reinterpret_cast<const char*>(data), stride * size, rows, ceil_div(count * size, 64)};
+  }
+  // One of `parts` shares.
+  void fetch(std::int64_t parts) {
+    for (std::int64_t left = ceil_div(rows * lines, parts); left > 0 && row < rows; --left) {
+      __builtin_prefetch(data + row * stride + line * 64, kWrite ? 1 : 0, 2);
+      if (++line == lines) line = 0, ++row;
+    }
+  }
+};
+
 // body(r0, count) for rows [0, rows) in blocks of nearly equal size, at most kBlockRows
 template <class Body>
 void for_row_blocks(std::int64_t rows, Body&& body) {

@@ -79,7 +79,7 @@ STRUCTMAT_LIBRARY(m) {
   m.def(
       "sparse_low_rank_linear_backward(Tensor dy, Tensor? x, Tensor? U, Tensor? V, Tensor starts, "
       "Tensor columns, int rows, int cols, int group, Tensor values, Tensor? base, "
-      "Tensor? transposed_starts, Tensor? transposed_columns, Tensor? permutation, "
+      "Tensor? transposed_starts, Tensor? transposed_columns, Tensor? permutation, int strip, "
       "Tensor? hidden, bool need_x, bool need_V, bool need_values, bool need_bias) -> "
       "(Tensor dx, Tensor dU, Tensor dV, Tensor dvalues, Tensor dbias)");
   m.def(

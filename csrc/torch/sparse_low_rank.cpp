@@ -108,8 +108,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_low_rank_linear_backwa
     const Tensor& starts, const Tensor& columns, std::int64_t rows, std::int64_t cols,
     std::int64_t group, const Tensor& values, const OptionalTensor& base,
     const OptionalTensor& transposed_starts, const OptionalTensor& transposed_columns,
-    const OptionalTensor& permutation, const OptionalTensor& hidden, bool need_x, bool need_V,
-    bool need_values, bool need_bias) {
+    const OptionalTensor& permutation, std::int64_t strip, const OptionalTensor& hidden,
+    bool need_x, bool need_V, bool need_values, bool need_bias) {
   constexpr const char* op = "sparse_low_rank_linear_backward";
   const Rows dy_rows(dy, op, "dy");
   const DType dtype = dy_rows.view.dtype;
@@ -141,6 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_low_rank_linear_backwa
                         permutation->is_contiguous() && permutation->numel() == nnz,
                     op, ": permutation must be contiguous, of int32, with ", nnz, " elements");
     transpose.permutation = static_cast<const std::int32_t*>(permutation->data_ptr());
+    transpose.strip = strip;
   }
   Scope scope(dy);
 
@@ -155,8 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_low_rank_linear_backwa
   if (need_V) grads.v = {dV.data_ptr(), dtype, rank, cols, cols};
   if (need_values) grads.values = {dvalues.data_ptr(), dtype, nnz};
   if (need_bias) grads.bias = {dbias.data_ptr(), dtype, m};
-  scope.lend_workspace(
-      dy, sparse_low_rank_linear_backward_workspace(scope.context, tokens, parts.weights));
+  scope.lend_workspace(dy, sparse_low_rank_linear_backward_workspace(
+                               scope.context, tokens, parts.weights, transpose, grads));
   structmat::sparse_low_rank_linear_backward(
       scope.context, dy_rows.view, x_rows ? x_rows->view : ConstMatrixView(), parts.weights,
       transpose, h_rows ? h_rows->view : ConstMatrixView(), grads);

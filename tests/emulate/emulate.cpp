@@ -149,12 +149,19 @@ void leave(Fibre&, const Fibre&) {}
 // Half of the time between barriers of the block all threads that can go on do so evenly. In the
 // other half a warp runs ahead as far as it can, so that the others see all that it did, or
 // nothing.
+struct Grid {  // of blocks that run together
+  std::size_t blocks = 0, arrived = 0;
+};
+
 struct Scheduler : Block {
   std::function<void()> body;
   std::vector<Thread> threads;
   std::vector<Thread*> ready;  // in random order
   std::size_t left = 0;        // threads that are not done
   std::size_t at_block_barrier = 0, at_warp_barrier = 0;
+  Grid* grid = nullptr;          // none where blocks run one after another
+  std::size_t arriving = 0;      // threads
+  std::vector<Thread*> waiting;  // for the other blocks
   bool ahead = false;
   std::string failure;
   Fibre fibre;  // the caller's
@@ -235,6 +242,7 @@ struct Scheduler : Block {
 
   void go_on(Fibre& from);
   void run_block();
+  void end_block();
   void run_grid(std::size_t shared_bytes);
 };
 
@@ -286,9 +294,14 @@ void Scheduler::go_on(Fibre& from) {
   arrive(from);
 }
 
+// Until it is done or waits for other blocks.
 void Scheduler::run_block() {
-  start_block();
   go_on(fibre);
+  if (left > waiting.size() || (left > 0 && !failure.empty())) end_block();
+}
+
+// Ends a block that is done or cannot go on.
+void Scheduler::end_block() {
   if (failure.empty() && left > 0) failure = "deadlock at a barrier that not every thread reaches";
   if (failure.empty()) return;
   idle.clear();  // threads are left on the others
@@ -317,14 +330,79 @@ void Scheduler::run_grid(std::size_t shared_bytes) {
                  static_cast<unsigned>(b / grid.x / grid.y));
     std::memset(shared, kPoison, shared_bytes + kGuardBytes);
     poison_static_shared();
+    start_block();
     run_block();
+    end_block();
     if (std::any_of(guard, guard + kGuardBytes, [](unsigned char c) { return c != kPoison; }))
       throw std::runtime_error("emulate: a kernel wrote past its " + std::to_string(shared_bytes) +
                                " bytes of shared memory");
   }
 }
 
+// All blocks in turns, in another order each time.
+void run_together(std::vector<Scheduler>& blocks, std::size_t shared_bytes) {
+  Grid grid{blocks.size()};
+  std::linear_congruential_engine<std::uint64_t, 6364136223846793005, 1442695040888963407, 0>
+      random(seed);
+  std::vector<std::vector<float4>> shared(blocks.size());
+  std::vector<Scheduler*> order;
+  for (std::size_t b = 0; b < blocks.size(); ++b) {
+    shared[b].resize(shared_bytes / sizeof(float4) + 17);
+    auto begin = reinterpret_cast<std::uintptr_t>(shared[b].data());
+    blocks[b].shared = reinterpret_cast<unsigned char*>((begin + 127) & ~std::uintptr_t{127});
+    std::memset(shared[b].data(), kPoison, shared[b].size() * sizeof(float4));
+    blocks[b].grid = &grid;
+    blocks[b].index = dim3(static_cast<unsigned>(b));
+    blocks[b].random.seed(random());
+    blocks[b].start_block();
+    order.push_back(&blocks[b]);
+  }
+  while (!order.empty()) {
+    const std::size_t arrived = grid.arrived;
+    std::shuffle(order.begin(), order.end(), random);
+    std::vector<Scheduler*> others;
+    for (Scheduler* block : order) {
+      current = block;
+      block->run_block();
+      if (block->left > 0) others.push_back(block);
+    }
+    if (others.size() == order.size() && arrived == grid.arrived) others[0]->end_block();
+    for (Scheduler* block : others) {
+      std::vector<Thread*> threads;
+      threads.swap(block->waiting);
+      for (Thread* thread : threads) block->add(*thread, block->ready.size());
+    }
+    order.swap(others);
+  }
+  for (std::size_t b = 0; b < blocks.size(); ++b) {
+    const unsigned char* const guard = blocks[b].shared + shared_bytes;
+    if (std::any_of(guard, guard + 128, [](unsigned char c) { return c != kPoison; }))
+      throw std::runtime_error("emulate: a kernel wrote past its " + std::to_string(shared_bytes) +
+                               " bytes of shared memory");
+  }
+}
+
 }  // namespace
+
+std::size_t arrive_at_grid() {
+  wait_for_block();
+  Scheduler& block = scheduler();
+  if (block.grid == nullptr) fail("a barrier of blocks that were not launched together");
+  if (!block.failure.empty()) return 0;
+  const std::size_t turn = block.grid->arrived / block.grid->blocks;
+  if (++block.arriving == block.threads.size()) ++block.grid->arrived, block.arriving = 0;
+  wait_for_block();
+  return turn;
+}
+
+void wait_for_grid(std::size_t turn) {
+  Scheduler& block = scheduler();
+  while (block.grid != nullptr && block.grid->arrived / block.grid->blocks == turn) {
+    block.waiting.push_back(block.self);
+    block.go_on(*block.self->fibre);
+  }
+  wait_for_block();
+}
 
 void wait_for_block() {
   Scheduler& block = scheduler();
@@ -350,28 +428,31 @@ void fail(const char* what) {
   if (scheduler().failure.empty()) scheduler().failure = what;
 }
 
-void launch(std::function<void()> body, dim3 grid, dim3 block_dim, std::size_t shared_bytes) {
+void launch(std::function<void()> body, dim3 grid, dim3 block_dim, std::size_t shared_bytes,
+            bool together) {
   const std::size_t threads = std::size_t{block_dim.x} * block_dim.y * block_dim.z;
   if (threads == 0 || threads > 1024 || block_dim.z > 64 || grid.x == 0 || grid.y == 0 ||
       grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
-      shared_bytes > 227 * 1024)
+      shared_bytes > 227 * 1024 || (together && std::size_t{grid.y} * grid.z > 1))
     throw std::runtime_error("emulate: a launch CUDA would refuse");
-  Scheduler block;
-  block.body = std::move(body);
-  block.block_dim = block_dim;
-  block.grid_dim = grid;
-  block.threads.resize(threads);
-  for (std::size_t t = 0; t < threads; ++t) {
-    block.threads[t].lane = static_cast<int>(t % 32);
-    block.threads[t].index = dim3(static_cast<unsigned>(t % block_dim.x),
-                                  static_cast<unsigned>(t / block_dim.x % block_dim.y),
-                                  static_cast<unsigned>(t / (block_dim.x * block_dim.y)));
+  std::vector<Scheduler> blocks(together ? grid.x : 1);
+  for (Scheduler& block : blocks) {
+    block.body = body;
+    block.block_dim = block_dim;
+    block.grid_dim = grid;
+    block.threads.resize(threads);
+    for (std::size_t t = 0; t < threads; ++t) {
+      block.threads[t].lane = static_cast<int>(t % 32);
+      block.threads[t].index = dim3(static_cast<unsigned>(t % block_dim.x),
+                                    static_cast<unsigned>(t / block_dim.x % block_dim.y),
+                                    static_cast<unsigned>(t / (block_dim.x * block_dim.y)));
+    }
   }
   std::exception_ptr failure;
-  current = &block;
+  current = &blocks[0];
   std::thread([&] {
     try {
-      block.run_grid(shared_bytes);
+      together ? run_together(blocks, shared_bytes) : blocks[0].run_grid(shared_bytes);
     } catch (...) {
       failure = std::current_exception();
     }

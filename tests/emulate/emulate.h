@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a CUDA grid on the CPU, blocks one after another. A thread that waits at a barrier keeps its
-// stack (a fibre), and another thread goes on; the order of threads and blocks is shuffled by a
-// seed, so that a missing barrier changes results. Shared memory is poisoned before each block.
-// Broken rules (a barrier that not every thread reaches, a write past shared memory, a launch CUDA
-// would refuse) throw; AddressSanitizer sees accesses out of range. For tests only. It shows
-// neither speed nor memory ordering between warps.
+// Runs a CUDA grid on the CPU, blocks one after another (or, launched together, in turns). A thread
+// that waits at a barrier keeps its stack (a fibre), and another thread goes on; the order of
+// threads and blocks is shuffled by a seed, so that a missing barrier changes results. Shared
+// memory is poisoned before each block. Broken rules (a barrier that not every thread reaches, a
+// write past shared memory, a launch CUDA would refuse) throw; AddressSanitizer sees accesses out
+// of range. For tests only. It shows neither speed nor memory ordering between warps.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -76,12 +76,17 @@ extern unsigned seed;
 constexpr int kBallot = -1;  // as a source: bit i is set where lane i gave a one
 
 void wait_for_block();
+// Of blocks that run together: arrive gives back what wait_for_grid takes.
+std::size_t arrive_at_grid();
+void wait_for_grid(std::size_t turn);
 // Gives back the value of lane `source`, all ones where that lane is absent or outside the mask.
 std::uint64_t wait_for_warp(unsigned mask, std::uint64_t given = ~std::uint64_t{0}, int source = 0);
 // Ends the launch with an error, once the thread gives way.
 void fail(const char* what);
-// Runs `body` once per thread of every block.
-void launch(std::function<void()> body, dim3 grid, dim3 block, std::size_t shared_bytes);
+// Runs `body` once per thread of every block. `together`: blocks may wait for each other; each has
+// its dynamic shared memory, but __shared__ variables would be those of all.
+void launch(std::function<void()> body, dim3 grid, dim3 block, std::size_t shared_bytes,
+            bool together = false);
 
 template <class T>
 T exchange(unsigned mask, T value, int source) {
@@ -106,6 +111,14 @@ T exchange(unsigned mask, T value, int source) {
       emulate::launch([=] { kernel(sm_args...); }, sm_grid, sm_block, sm_bytes); \
     }(dim3(grid), dim3(block), shared_bytes, __VA_ARGS__);                       \
   } while (0)
+#define SM_LAUNCH_TOGETHER(kernel, grid, block, shared_bytes, stream, ...)             \
+  do {                                                                                 \
+    static_cast<void>(stream);                                                         \
+    [](auto sm_grid, auto sm_block, std::size_t sm_bytes, auto... sm_args) {           \
+      emulate::launch([=] { kernel(sm_args...); }, sm_grid, sm_block, sm_bytes, true); \
+    }(dim3(grid), dim3(block), shared_bytes, __VA_ARGS__);                             \
+  } while (0)
+#define SM_RESIDENT(kernel, threads, shared_bytes) (2 * structmat::cuda::multiprocessors())
 #define SM_UNROLL
 #define SM_ROLLED
 #define SM_ALLOW_SHARED(kernel) static_cast<void>(kernel)
@@ -126,6 +139,14 @@ inline int multiprocessors() {
 inline void read(void*, void* to, const void* from, std::size_t bytes) {
   std::memcpy(to, from, bytes);
 }
+class GridBarrier {
+ public:
+  void arrive() { turn_ = emulate::arrive_at_grid(); }
+  void wait() { emulate::wait_for_grid(turn_); }
+
+ private:
+  std::size_t turn_ = 0;
+};
 
 }  // namespace structmat::cuda
 

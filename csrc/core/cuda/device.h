@@ -21,6 +21,27 @@
     STRUCTMAT_CHECK(sm_status == cudaSuccess,                                                  \
                     std::string(#kernel ": launch failed: ") + cudaGetErrorString(sm_status)); \
   } while (0)
+// All blocks are on the device at once, SM_RESIDENT of them at most, and may wait for each other by
+// cuda/grid_barrier.h.
+#define SM_LAUNCH_TOGETHER(kernel, grid, block, shared_bytes, on, ...)                         \
+  do {                                                                                         \
+    cudaLaunchAttribute sm_together{};                                                         \
+    sm_together.id = cudaLaunchAttributeCooperative, sm_together.val.cooperative = 1;          \
+    cudaLaunchConfig_t sm_config{};                                                            \
+    sm_config.gridDim = dim3(grid), sm_config.blockDim = dim3(block);                          \
+    sm_config.dynamicSmemBytes = shared_bytes;                                                 \
+    sm_config.stream = static_cast<cudaStream_t>(on);                                          \
+    sm_config.attrs = &sm_together, sm_config.numAttrs = 1;                                    \
+    const cudaError_t sm_status = cudaLaunchKernelEx(&sm_config, kernel, __VA_ARGS__);         \
+    STRUCTMAT_CHECK(sm_status == cudaSuccess,                                                  \
+                    std::string(#kernel ": launch failed: ") + cudaGetErrorString(sm_status)); \
+  } while (0)
+#define SM_RESIDENT(kernel, threads, shared_bytes)                                        \
+  [&] {                                                                                   \
+    static structmat::cuda::PerDevice sm_count;                                           \
+    return sm_count.get(                                                                  \
+        [&] { return structmat::cuda::resident_blocks(kernel, threads, shared_bytes); }); \
+  }()
 // Above 48 KB of static and dynamic shared memory a kernel must be told once per device: always all
 // that a block may have, as threads that told it the size of their launch would race.
 #define SM_ALLOW_SHARED(kernel)                                          \
@@ -89,6 +110,18 @@ int allow_shared(Kernel* kernel) {
                   std::string("structmat: cannot give a kernel its shared ") +
                       "memory: " + cudaGetErrorString(status));
   return bytes;
+}
+
+// Blocks of such a launch that the device holds at once.
+template <class Kernel>
+int resident_blocks(Kernel* kernel, int threads, std::size_t shared_bytes) {
+  int blocks = 0;
+  const cudaError_t status =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
+  STRUCTMAT_CHECK(status == cudaSuccess && blocks > 0,
+                  std::string("structmat: a multiprocessor holds no block of a kernel: ") +
+                      cudaGetErrorString(status));
+  return blocks * multiprocessors();
 }
 
 // From the device to the host, after what was enqueued before: the host waits.

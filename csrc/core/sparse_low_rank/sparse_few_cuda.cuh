@@ -1,24 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sparse product of few tokens: a warp per row of S or a few, its lanes over the entries, x in
-// shared memory. The same launch multiplies x with V, so that neither waits for the other; the
-// product with U follows in a second one (low_rank_decode_cuda.cuh). A single launch would have to
-// wait for h in the middle, on counters that another launch sets to zero first.
+// The product of few tokens: a warp per row of S or a few, its lanes over the entries, x in shared
+// memory. With low rank one launch does it all: its blocks are on the device together, compute
+// parts of h = x V^T first, their rows of S while the other parts come, and then h U^T.
 #pragma once
 #include <algorithm>
 
+#include "cuda/grid_barrier.h"
 #include "low_rank/low_rank_decode_cuda.cuh"
 #include "sparse_low_rank/sparse_product_cuda.cuh"
 
 namespace structmat::sparse_low_rank {
 
 struct FewArgs {
-  low_rank::DecodeArgs hidden;   // h = x V^T in parts; none without rows
-  std::int64_t hidden_rows = 0;  // blocks
-  std::int64_t hidden_splits = 0;
-  std::int64_t hidden_blocks = 0;  // in all, the first of the grid
-  std::int64_t sparse_rows = 0;    // blocks
   SparseProduct sparse;
-  bool keep_sums = false;  // y is of the type of sums
+  std::int64_t sparse_rows = 0, sparse_blocks = 0;  // blocks of rows; times those of tokens
+  bool keep_sums = false;                           // y is of the type of sums
+  // h = x V^T in parts, and y = h U^T + sums + bias.
+  low_rank::DecodeArgs hidden{}, up{};
+  std::int64_t hidden_rows = 0, hidden_splits = 0, hidden_blocks = 0;
 };
 
 template <class T, int kTokens>
@@ -55,9 +54,10 @@ __device__ Sum sum_over_lanes(Sum (&value)[kTokens], int lane) {
   return value[0];
 }
 
+// `loaded`: x is there, all of it, from the call before.
 template <class T, int kTokens, int kRows>
 __device__ void few_rows(const FewArgs& args, FewTile<T, kTokens>& shared, std::int64_t row_block,
-                         std::int64_t token_block) {
+                         std::int64_t token_block, bool loaded) {
   using Shared = FewTile<T, kTokens>;
   using Sum = accumulator_t<T>;
   using Word = typename Shared::Word;
@@ -90,7 +90,7 @@ __device__ void few_rows(const FewArgs& args, FewTile<T, kTokens>& shared, std::
     const int width = static_cast<int>(cols - chunk < kColumns ? cols - chunk : kColumns);
     __syncthreads();
     SM_ROLLED
-    for (int c = thread; c < width; c += kThreads) {
+    for (int c = loaded ? width : thread; c < width; c += kThreads) {
       Word word;
       SM_UNROLL
       for (int t = 0; t < kTokens; ++t)
@@ -117,12 +117,14 @@ __device__ void few_rows(const FewArgs& args, FewTile<T, kTokens>& shared, std::
       total[r] += sum_over_lanes<kTokens>(sum, lane);
     }
   }
-  unsigned of_warp = 0;
-  SM_UNROLL
-  for (int t = 0; t < kTokens; ++t)
-    if (__any_sync(~0u, static_cast<int>(bad >> t & 1u)) != 0) of_warp |= 1u << t;
-  if (lane == 0) shared.bad[warp] = of_warp;
-  __syncthreads();
+  if (!loaded) {
+    unsigned of_warp = 0;
+    SM_UNROLL
+    for (int t = 0; t < kTokens; ++t)
+      if (__any_sync(~0u, static_cast<int>(bad >> t & 1u)) != 0) of_warp |= 1u << t;
+    if (lane == 0) shared.bad[warp] = of_warp;
+    __syncthreads();
+  }
   SM_UNROLL
   for (int w = 0; w < kWarps; ++w) bad |= shared.bad[w];
 
@@ -147,48 +149,99 @@ __device__ void few_rows(const FewArgs& args, FewTile<T, kTokens>& shared, std::
 
 template <class T, int kTokens, int kRows>
 __global__ void __launch_bounds__(low_rank::kWarps * 32, 2) few_tokens_kernel(FewArgs args) {
-  using Sum = accumulator_t<T>;
-  SM_DYNAMIC_SHARED(unsigned char, shared);
-  const std::int64_t block = blockIdx.x, i = block - args.hidden_blocks;
-  if (i < 0)
-    low_rank::decode_rows<T, kTokens, kRows, true>(args.hidden, reinterpret_cast<Sum*>(shared),
-                                                   block % args.hidden_rows,
-                                                   block / args.hidden_rows % args.hidden_splits,
-                                                   block / args.hidden_rows / args.hidden_splits);
-  else
-    few_rows<T, kTokens, kRows>(args, *reinterpret_cast<FewTile<T, kTokens>*>(shared),
-                                i % args.sparse_rows, i / args.sparse_rows);
+  using Shared = FewTile<T, kTokens>;
+  SM_DYNAMIC_SHARED(Shared, shared);
+  few_rows<T, kTokens, kRows>(args, *shared, blockIdx.x % args.sparse_rows,
+                              blockIdx.x / args.sparse_rows, false);
 }
 
-// y = x S^T + sums + bias. With `v`, parts of h = x V^T go to `parts` in the same launch.
+// All blocks are on the device together; two on a multiprocessor, but that float64 would spill.
+template <class T, int kTokens, int kRows>
+__global__ void __launch_bounds__(low_rank::kWarps * 32, sizeof(T) == 8 && kTokens == 8 ? 1 : 2)
+    few_low_rank_kernel(FewArgs args) {
+  using Sum = accumulator_t<T>;
+  using Shared = FewTile<T, kTokens>;
+  SM_DYNAMIC_SHARED(unsigned char, shared);
+  Sum* const staged = reinterpret_cast<Sum*>(shared);
+  const std::int64_t blocks = gridDim.x, rows = args.hidden_rows, splits = args.hidden_splits;
+  SM_ROLLED
+  for (std::int64_t i = blockIdx.x; i < args.hidden_blocks; i += blocks)
+    low_rank::decode_rows<T, kTokens, kRows, true>(args.hidden, staged, i % rows, i / rows % splits,
+                                                   i / rows / splits);
+  cuda::GridBarrier barrier;
+  barrier.arrive();
+  // The first rows of S are for blocks that had fewer parts of h.
+  const std::int64_t first = (blockIdx.x + blocks - args.hidden_blocks % blocks) % blocks;
+  const bool whole = args.sparse.pattern.cols <= Shared::kColumns;
+  std::int64_t loaded = -1;  // tokens
+  SM_ROLLED
+  for (std::int64_t i = first; i < args.sparse_blocks; i += blocks) {
+    const std::int64_t tokens = i / args.sparse_rows;
+    few_rows<T, kTokens, kRows>(args, *reinterpret_cast<Shared*>(shared), i % args.sparse_rows,
+                                tokens, whole && loaded == tokens);
+    loaded = tokens;
+  }
+  barrier.wait();
+  SM_ROLLED
+  for (std::int64_t i = first; i < args.sparse_blocks; i += blocks)
+    low_rank::decode_rows<T, kTokens, kRows, false>(args.up, staged, i % args.sparse_rows, 0,
+                                                    i / args.sparse_rows);
+}
+
+// Low rank beside S: V, U, and where sums (T, m) and parts of h lie.
+struct FewLowRank {
+  ConstMatrixView v, u;
+  low_rank::DecodePhase first;  // h = x V^T
+  void *parts = nullptr, *sums = nullptr;
+};
+
+// y = x S^T + sums + bias, or y = h U^T + x S^T + sums + bias; p.sums may then be low->sums.
 template <class T>
-void multiply_few(const Context& context, const SparseProduct& p, bool keep_sums,
-                  const low_rank::DecodePhase& first, const ConstMatrixView& v, void* parts) {
+void multiply_few(const Context& context, const SparseProduct& p, const FewLowRank* low = nullptr) {
   const std::int64_t rows = p.pattern.rows, tokens = p.x.rows;
   if (rows == 0 || tokens == 0) return;
   const low_rank::DecodePhase phase = low_rank::decode_phase(tokens, rows, p.pattern.cols, false);
   const std::int64_t groups = low_rank::ceil_div(tokens, phase.token_group);
   FewArgs args;
-  args.sparse = p, args.keep_sums = keep_sums, args.sparse_rows = phase.row_blocks;
-  args.hidden = {};
-  if (v.rows > 0) {  // without columns it has no data, but h is zero, not nothing
-    low_rank::DecodeArgs& h = args.hidden;
-    h.weight = v.data, h.weight_stride = v.row_stride, h.rows = v.rows, h.cols = v.cols;
-    h.in = p.x.data, h.in_stride = p.x.row_stride, h.tokens = tokens, h.out = parts;
-    low_rank::prepare(first, sizeof(T), h);
-    args.hidden_rows = first.row_blocks, args.hidden_splits = first.splits;
-    args.hidden_blocks = first.row_blocks * first.splits * groups;
+  args.sparse = p, args.sparse_rows = phase.row_blocks;
+  args.sparse_blocks = phase.row_blocks * groups;
+  if (low != nullptr) {
+    low_rank::DecodeArgs &h = args.hidden, &up = args.up;
+    h.weight = low->v.data, h.weight_stride = low->v.row_stride;
+    h.rows = low->v.rows, h.cols = low->v.cols, h.tokens = tokens;
+    h.in = p.x.data, h.in_stride = p.x.row_stride, h.out = low->parts;
+    low_rank::prepare(low->first, sizeof(T), h);
+    args.hidden_rows = low->first.row_blocks, args.hidden_splits = low->first.splits;
+    args.hidden_blocks = args.hidden_rows * args.hidden_splits * groups;
+    up.weight = low->u.data, up.weight_stride = low->u.row_stride;
+    up.rows = rows, up.cols = low->u.cols, up.tokens = tokens;
+    up.in = low->parts, up.in_splits = low->first.splits;
+    up.sums = low->sums, up.bias = p.bias, up.out = p.y.data, up.out_stride = p.y.row_stride;
+    low_rank::prepare(low_rank::decode_phase(tokens, rows, up.cols, false), sizeof(T), up);
+    args.keep_sums = true;
+    const DType type = sizeof(T) == 8 ? DType::f64 : DType::f32;
+    args.sparse.y = {low->sums, type, tokens, rows, rows};
   }
-  const std::int64_t blocks = args.hidden_blocks + args.sparse_rows * groups;
+  const std::int64_t blocks = std::max(args.hidden_blocks, args.sparse_blocks);
   STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,
                   "sparse_low_rank_linear: more than 2^31 tiles, which no launch takes");
   low_rank::dispatch_group(phase, [&](auto group, auto rows_of_warp) {
     constexpr int kTokens = decltype(group)::value, kRows = decltype(rows_of_warp)::value;
+    constexpr int kThreads = low_rank::kWarps * 32;
+    constexpr std::size_t tile = sizeof(FewTile<T, kTokens>);
     constexpr std::size_t staged = kTokens * low_rank::kChunk * sizeof(accumulator_t<T>);
-    constexpr std::size_t bytes = std::max(sizeof(FewTile<T, kTokens>), staged);
-    if constexpr (bytes > 48 * 1024) SM_ALLOW_SHARED((few_tokens_kernel<T, kTokens, kRows>));
-    SM_LAUNCH((few_tokens_kernel<T, kTokens, kRows>), static_cast<unsigned>(blocks),
-              low_rank::kWarps * 32, bytes, context.stream, args);
+    constexpr std::size_t bytes = std::max(tile, staged);
+    if (low == nullptr) {
+      if constexpr (tile > 48 * 1024) SM_ALLOW_SHARED((few_tokens_kernel<T, kTokens, kRows>));
+      SM_LAUNCH((few_tokens_kernel<T, kTokens, kRows>), static_cast<unsigned>(blocks), kThreads,
+                tile, context.stream, args);
+      return;
+    }
+    if constexpr (bytes > 48 * 1024) SM_ALLOW_SHARED((few_low_rank_kernel<T, kTokens, kRows>));
+    const int resident = SM_RESIDENT((few_low_rank_kernel<T, kTokens, kRows>), kThreads, bytes);
+    SM_LAUNCH_TOGETHER((few_low_rank_kernel<T, kTokens, kRows>),
+                       static_cast<unsigned>(std::min<std::int64_t>(blocks, resident)), kThreads,
+                       bytes, context.stream, args);
   });
 }
 

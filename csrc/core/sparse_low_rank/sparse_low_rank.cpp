@@ -44,9 +44,11 @@ std::size_t sparse_low_rank_linear_workspace(const Context& context, std::int64_
 }
 
 std::size_t sparse_low_rank_linear_backward_workspace(const Context& context, std::int64_t tokens,
-                                                      const SparseLowRankWeights& weights) {
+                                                      const SparseLowRankWeights& weights,
+                                                      const SparseTransposeView& transpose,
+                                                      const SparseLowRankGradients& grads) {
   if (context.device == Device::cpu) return 0;
-  return sparse_low_rank_linear_backward_workspace_cuda(tokens, weights);
+  return sparse_low_rank_linear_backward_workspace_cuda(tokens, weights, transpose, grads);
 }
 
 std::size_t sampled_matmul_workspace(const Context& context, std::int64_t tokens,
@@ -94,6 +96,9 @@ void sparse_low_rank_linear_backward(const Context& context, ConstMatrixView dy,
                     std::string(op) +
                         ": the transposed pattern needs rows in groups of 1, and a "
                         "permutation");
+    STRUCTMAT_CHECK(transpose.strip == 1 || transpose.strip == 16,
+                    std::string(op) + ": the transposed pattern has strips of " +
+                        std::to_string(transpose.strip) + " rows, wanted 1 or 16");
   }
   if (grads.u.data != nullptr) {
     check.matrix("hidden", hidden, tokens, r);
@@ -104,7 +109,8 @@ void sparse_low_rank_linear_backward(const Context& context, ConstMatrixView dy,
   if (grads.values.data != nullptr)
     check.vector("the gradient of values", grads.values, weights.pattern.nnz);
   if (grads.bias.data != nullptr) check.vector("the gradient of bias", grads.bias, m);
-  check.workspace(context, sparse_low_rank_linear_backward_workspace(context, tokens, weights));
+  check.workspace(context, sparse_low_rank_linear_backward_workspace(context, tokens, weights,
+                                                                     transpose, grads));
   if (context.device == Device::cuda)
     sparse_low_rank_linear_backward_cuda(context, dy, x, weights, transpose, hidden, grads);
   else

@@ -8,6 +8,7 @@
 #include "sparse_low_rank/sparse_product_cuda.cuh"
 #include "sparse_low_rank/sparse_rows_cuda.cuh"
 #include "sparse_low_rank/sparse_scatter_cuda.cuh"
+#include "sparse_low_rank/sparse_strips_cuda.cuh"
 #include "sparse_low_rank/sparse_tiles_cuda.cuh"
 
 namespace structmat {
@@ -21,13 +22,22 @@ bool one_group(const SparsePatternView& pattern) {
 Product product_of(std::int64_t tokens, const SparsePatternView& pattern, DType dtype) {
   Product p;
   p.tokens = tokens, p.m = pattern.rows, p.n = pattern.cols, p.nnz = pattern.nnz;
-  p.columns = one_group(pattern), p.dtype = dtype;
+  p.columns = one_group(pattern), p.row_strips = pattern.group == kStrip, p.dtype = dtype;
   return p;
 }
 Product product_of(std::int64_t tokens, const SparseLowRankWeights& weights) {
   Product p = product_of(tokens, weights.pattern, weights.values.dtype);
   p.r = weights.u.cols, p.base = weights.base.data != nullptr;
   return p;
+}
+BackwardSpace backward_space(std::int64_t tokens, const SparseLowRankWeights& weights,
+                             const SparseTransposeView& transpose,
+                             const SparseLowRankGradients& grads, void* workspace) {
+  Product p = product_of(tokens, weights);
+  p.column_strips = transpose.strip == kStrip;
+  const auto has = [](const auto& a) { return a.data != nullptr; };
+  const Wanted wanted{has(grads.x), has(grads.u), has(grads.v), has(grads.values), has(grads.bias)};
+  return BackwardSpace(p, wanted, cuda::multiprocessors(), workspace);
 }
 DType sum_type(DType dtype) {
   return dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -64,31 +74,24 @@ Joined columns_of(const ConstMatrixView& x, const SparsePatternView& pattern, vo
   return p;
 }
 
-// y = h U^T + x base^T + x S^T + bias in two launches, or one without low rank; `sums` is (T, m).
+// y = h U^T + x base^T + x S^T + bias, in one launch but for `base` and an `hidden` to be kept;
+// `sums` is (T, m).
 template <class T>
 void forward_few(const Context& context, SparseProduct p, const SparseLowRankWeights& w,
                  const ForwardSpace& space, const MatrixView& hidden) {
   const std::int64_t tokens = p.x.rows, m = w.pattern.rows, r = w.u.cols;
-  const bool base = w.base.data != nullptr, keep = hidden.data != nullptr;
+  const bool base = w.base.data != nullptr, keep = hidden.data != nullptr && r > 0;
   const Gemms gemm{context, space.gemm};
-  const MatrixView y = p.y, sums(space.sums, sum_type(p.x.dtype), tokens, m, m);
+  const MatrixView sums(space.sums, sum_type(p.x.dtype), tokens, m, m);
   if (base) gemm(p.x, false, w.base, true, sums);
-  if (keep && r > 0) {
+  if (keep) {
     gemm(p.x, false, w.v, true, hidden);
     gemm(hidden, false, w.u, true, sums, base ? 1 : 0);
   }
-  if (base || (keep && r > 0)) p.sums = sums.data, p.sums_stride = m;
-  // h is wanted, or there is none.
-  if (keep || r == 0) return multiply_few<T>(context, p, false, space.first, {}, nullptr);
-  p.y = sums;
-  multiply_few<T>(context, p, true, space.first, w.v, space.hidden);
-  low_rank::DecodeArgs second{};
-  second.weight = w.u.data, second.weight_stride = w.u.row_stride;
-  second.rows = m, second.cols = r, second.tokens = tokens;
-  second.in = space.hidden, second.in_splits = space.first.splits;
-  second.sums = sums.data, second.bias = p.bias;
-  second.out = y.data, second.out_stride = y.row_stride;
-  low_rank::decode<T, false>(context, low_rank::decode_phase(tokens, m, r, false), second);
+  if (base || keep) p.sums = sums.data, p.sums_stride = m;
+  if (keep || r == 0) return multiply_few<T>(context, p);
+  const FewLowRank low{w.v, w.u, space.first, space.hidden, space.sums};
+  multiply_few<T>(context, p, &low);
 }
 
 template <class T>
@@ -137,9 +140,12 @@ void forward(const Context& context, const ConstMatrixView& x, const SparseLowRa
   if (!keep) hidden = {space.hidden, x.dtype, tokens, r, r};
   if (r > 0) gemm(x, false, w.v, true, hidden);
   if constexpr (half)
-    if (space.way == Way::tiles) {
-      multiply_scattered<T>(context, p, hidden, w.u, w.base, false);
-      return spread_nan<T>(context, x, y, true);
+    if (space.way == Way::tiles || space.way == Way::strips) {
+      if (space.way == Way::tiles)
+        multiply_scattered<T>(context, p, hidden, w.u, w.base, false);
+      else
+        multiply_strips<T>(context, p, {w.pattern, p.values}, hidden, w.u, false, space.strips);
+      return spread_nan<T>(context, x, y, space.way == Way::tiles || r > 0);
     }
   if (r > 0 || base) {
     const MatrixView sums = half ? MatrixView(space.sums, DType::f32, tokens, m, m) : y;
@@ -185,9 +191,15 @@ void input_gradient(const Context& context, const ConstMatrixView& dy, const Con
     round_sums<T>(context, out);
     return spread_nan<T>(context, dy, dx, r > 0 || base);
   }
-  permute<T>(context, w.values.data, transpose.permutation, w.pattern.nnz, space.values);
   SparseProduct p;
   p.x = dy, p.pattern = transpose.pattern, p.values = space.values, p.y = dx;
+  if constexpr (half)
+    if (space.way == Way::strips) {
+      multiply_strips<T>(context, p, {transpose.pattern, w.values.data, transpose.permutation}, dh,
+                         w.v, true, space.strips);
+      return spread_nan<T>(context, dy, dx, r > 0);
+    }
+  permute<T>(context, w.values.data, transpose.permutation, w.pattern.nnz, space.values);
   if constexpr (half)
     if (space.way == Way::tiles) {
       multiply_scattered<T>(context, p, dh, w.v, w.base, true);
@@ -197,7 +209,7 @@ void input_gradient(const Context& context, const ConstMatrixView& dy, const Con
     dense_part();
     p.sums = sums.data, p.sums_stride = sums.row_stride;
   }
-  if (space.way == Way::few) return multiply_few<T>(context, p, false, {}, {}, nullptr);
+  if (space.way == Way::few) return multiply_few<T>(context, p);
   multiply_sparse<T>(context, p);
 }
 
@@ -222,12 +234,13 @@ std::size_t sparse_low_rank_linear_workspace_cuda(std::int64_t tokens,
   return std::max(narrow.bytes(), ForwardSpace(product_of(tokens, weights), nullptr).bytes);
 }
 std::size_t sparse_low_rank_linear_backward_workspace_cuda(std::int64_t tokens,
-                                                           const SparseLowRankWeights& given) {
+                                                           const SparseLowRankWeights& given,
+                                                           const SparseTransposeView& transpose,
+                                                           const SparseLowRankGradients& grads) {
   SparseLowRankWeights weights = given;
   const NarrowBase narrow(weights);
-  return std::max(
-      narrow.bytes(),
-      BackwardSpace(product_of(tokens, weights), cuda::multiprocessors(), nullptr).bytes);
+  return std::max(grads.x.data != nullptr ? narrow.bytes() : 0,
+                  backward_space(tokens, weights, transpose, grads, nullptr).bytes);
 }
 std::size_t sampled_matmul_workspace_cuda(std::int64_t tokens, const SparsePatternView& pattern,
                                           DType dtype) {
@@ -252,8 +265,7 @@ void sparse_low_rank_linear_backward_cuda(const Context& context, ConstMatrixVie
                                           const SparseLowRankGradients& grads) {
   SparseLowRankWeights weights = given;
   const NarrowBase narrow(weights);
-  const Product product = product_of(dy.rows, weights);
-  const BackwardSpace space(product, cuda::multiprocessors(), context.workspace);
+  const BackwardSpace space = backward_space(dy.rows, weights, transpose, grads, context.workspace);
   const Gemms gemm{context, space.gemm};
   const std::int64_t r = weights.u.cols;
   const MatrixView dh(space.hidden, dy.dtype, dy.rows, r, r);
@@ -268,7 +280,8 @@ void sparse_low_rank_linear_backward_cuda(const Context& context, ConstMatrixVie
       input_gradient<T>(context, dy, dh, weights, transpose, space, grads.x);
     if (grads.values.data != nullptr)
       sampled<T>(context, dy, x, weights.pattern,
-                 SampledSpace(product, cuda::multiprocessors(), space.sampled), grads.values.data);
+                 SampledSpace(product_of(dy.rows, weights), cuda::multiprocessors(), space.sampled),
+                 grads.values.data);
   });
   if (grads.x.data != nullptr) narrow.add(context, dy, false, grads.x);
 }

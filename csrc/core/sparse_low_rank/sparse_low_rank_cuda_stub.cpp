@@ -22,7 +22,9 @@ std::size_t sparse_low_rank_linear_workspace_cuda(std::int64_t, const SparseLowR
   return 0;
 }
 std::size_t sparse_low_rank_linear_backward_workspace_cuda(std::int64_t,
-                                                           const SparseLowRankWeights&) {
+                                                           const SparseLowRankWeights&,
+                                                           const SparseTransposeView&,
+                                                           const SparseLowRankGradients&) {
   return 0;
 }
 std::size_t sampled_matmul_workspace_cuda(std::int64_t, const SparsePatternView&, DType) {

@@ -30,7 +30,9 @@ void sampled_matmul_cuda(const Context& context, ConstMatrixView dy, ConstMatrix
 std::size_t sparse_low_rank_linear_workspace_cuda(std::int64_t tokens,
                                                   const SparseLowRankWeights& weights);
 std::size_t sparse_low_rank_linear_backward_workspace_cuda(std::int64_t tokens,
-                                                           const SparseLowRankWeights& weights);
+                                                           const SparseLowRankWeights& weights,
+                                                           const SparseTransposeView& transpose,
+                                                           const SparseLowRankGradients& grads);
 std::size_t sampled_matmul_workspace_cuda(std::int64_t tokens, const SparsePatternView& pattern,
                                           DType dtype);
 

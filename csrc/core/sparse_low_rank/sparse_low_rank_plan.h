@@ -17,8 +17,9 @@ namespace structmat::sparse_low_rank {
 
 enum class Way : int {
   columns,  // every row has the same columns: gathered, then dense products
-  few,      // few tokens: lanes over entries; two launches, h beside the sparse product
+  few,      // few tokens: lanes over entries; one launch, h beside the sparse product
   sparse,   // a warp per row, lanes over tokens; x in shared memory
+  strips,   // tensor cores; strips of 16 rows have the same columns, which are gathered
   tiles,    // tensor cores; tiles of S are scattered into shared memory
   dense     // tensor cores; W = U V + S + base is written to memory, rounded once
 };
@@ -28,18 +29,39 @@ enum class Way : int {
 // tokens, 20 TB/s against 312 TFLOP/s (A100) at 6 %; the sparse product reaches about half of that.
 // In fp32 and fp64 a dense product has no tensor cores (15 TFLOP/s of S against 60).
 constexpr double half_density = 0.02, full_density = 0.25;
+// A strip of 16 rows fetches its columns for itself, 2 / 16 bytes of L2 cache per multiply-add:
+// 4096 tokens of n = m = 4096 take 16 us per percent and 14 us for x^T, a dense product 139 us.
+//
+// The transpose of vectors (but not of blocks) has no strips. Its sums could be spread: 16 rows of
+// a strip times 16 tokens give a tensor core the sums of 8 columns, to be added where these lie in
+// shared memory, 119 TFLOP/s at best; with padding and bank conflicts 25 us per percent. Not done:
+// for few tokens `tiles` takes it, for many `dense`, which writes W.
+constexpr double strip_density = 0.1;
+constexpr std::int64_t kStrip = 16;
 constexpr std::int64_t kFewTokens = 32;      // up to here the time is that of reading the weights
 constexpr std::int64_t kDenseTokens = 1024;  // writing W is then a fourth of the product, n = 4096
 
 // What a call multiplies: W (m, n) with `nnz` entries in S, one group of rows or more.
 struct Product {
   std::int64_t tokens = 0, m = 0, n = 0, r = 0, nnz = 0;
-  bool columns = false;  // all rows have the same
+  bool columns = false;        // all rows have the same
+  bool row_strips = false;     // strips of kStrip rows have the same columns
+  bool column_strips = false;  // strips of kStrip columns have the same rows
   bool base = false;
   DType dtype = DType::f32;
 
   bool half() const { return size_of(dtype) == 2; }
   std::int64_t sum_size() const { return dtype == DType::f64 ? 8 : 4; }
+  Product transposed() const {
+    Product out = *this;
+    std::swap(out.m, out.n), std::swap(out.row_strips, out.column_strips);
+    return out;
+  }
+};
+
+// Which gradients are wanted.
+struct Wanted {
+  bool x = true, u = true, v = true, values = true, bias = true;
 };
 
 inline Way way_of(const Product& p) {
@@ -48,6 +70,9 @@ inline Way way_of(const Product& p) {
   const double density =
       p.nnz == 0 ? 0
                  : static_cast<double>(p.nnz) / static_cast<double>(p.m) / static_cast<double>(p.n);
+  // With a base the product is dense anyway.
+  if (p.half() && p.row_strips && p.nnz > 0 && !p.base && density <= strip_density)
+    return Way::strips;
   if (density < (p.half() ? half_density : full_density)) return Way::sparse;
   if (p.tokens >= kDenseTokens) return Way::dense;
   return p.half() ? Way::tiles : Way::sparse;
@@ -57,6 +82,26 @@ constexpr std::int64_t whole_packs(std::int64_t count) {
   return (count + 7) / 8 * 8;
 }
 
+// Of Way::strips. The steps of strip s, 16 columns each, begin at (k before it) / 16 + s, where k
+// are the columns of the strips before: none of them needs to know how the others are rounded.
+struct StripSpace {
+  void* turned = nullptr;   // x^T (n, stride): tokens in whole packs
+  void* columns = nullptr;  // (steps, 16) of int32
+  void* values = nullptr;   // (steps, 16 columns, 16 rows), as lanes hold them
+  std::int64_t stride = 0;
+
+  StripSpace() = default;
+  StripSpace(const Product& p, cuda::Arena& arena) : stride(whole_packs(p.tokens)) {
+    const std::int64_t strips = (p.m + kStrip - 1) / kStrip;
+    // The last strip may have fewer rows, hence more columns than entries / 16.
+    const std::int64_t steps =
+        p.nnz / (kStrip * kStrip) + strips + (p.m % kStrip == 0 ? 0 : (p.n + kStrip - 1) / kStrip);
+    turned = arena.take<std::uint16_t>(p.n * stride);
+    columns = arena.take<std::int32_t>(steps * kStrip);
+    values = arena.take<std::uint16_t>(steps * kStrip * kStrip);
+  }
+};
+
 // Where things lie in the workspace; counted where `base` is null.
 struct ForwardSpace {
   Way way;
@@ -65,6 +110,7 @@ struct ForwardSpace {
   void* sums;    // (T, m) of the type of sums: what other products give, unless they do so in y
   void* weight;  // W (m, n), rows of whole packs
   void *left, *right;  // [x's columns | h] and [values | U] (T or m, inner)
+  StripSpace strips;
   void* gemm;
   std::int64_t k, inner;  // columns of S, in whole packs: first of `right`; all columns of it
   std::size_t bytes;
@@ -86,6 +132,7 @@ struct ForwardSpace {
     weight = take(way == Way::dense, p.m * whole_packs(p.n), element);
     left = take(columns, p.tokens * inner, element);
     right = take(columns, p.m * inner, element);
+    if (way == Way::strips) strips = StripSpace(p, arena);
     gemm = take(true, cuda::kGemmWorkspace, 1);
     bytes = arena.used();
   }
@@ -121,7 +168,8 @@ struct SampledSpace {
   }
 };
 
-// Of dx = dy W the weight is W^T (n, m): `way` is that of the transposed product.
+// Of dx = dy W the weight is W^T (n, m): `way` is that of the transposed product. Only what the
+// wanted gradients need is there.
 struct BackwardSpace {
   Way way;
   void* hidden;   // dh = dy U (T, r)
@@ -129,34 +177,34 @@ struct BackwardSpace {
   void* weight;   // W
   void* values;   // in the order of the transposed pattern
   void* columns;  // (T, k) of the type of sums: dy times the columns of S
+  StripSpace strips;
   void* bias_partial;
   void* gemm;
   void* sampled;  // a SampledSpace
   std::int64_t k;
   std::size_t bytes;
 
-  BackwardSpace(const Product& p, int multiprocessors, void* base) {
-    Product transposed = p;
-    std::swap(transposed.m, transposed.n);
-    way = way_of(transposed);
+  BackwardSpace(const Product& p, const Wanted& wanted, int multiprocessors, void* base)
+      : way(way_of(p.transposed())) {
     cuda::Arena arena(base);
-    const auto take = [&](bool wanted, std::int64_t count, std::int64_t size) -> void* {
-      return wanted ? arena.take<unsigned char>(count * size) : nullptr;
+    const auto take = [&](bool needed, std::int64_t count, std::int64_t size) -> void* {
+      return needed ? arena.take<unsigned char>(count * size) : nullptr;
     };
     const auto element = static_cast<std::int64_t>(size_of(p.dtype));
     k = way == Way::columns ? p.nnz / p.m : 0;
-    hidden = take(true, p.tokens * p.r, element);
+    hidden = take(wanted.x || wanted.v, p.tokens * p.r, element);
     const bool sparse = way == Way::few || way == Way::sparse;
-    sums = take(p.half() && (way == Way::columns || (sparse && (p.base || p.r > 0))),
+    sums = take(wanted.x && p.half() && (way == Way::columns || (sparse && (p.base || p.r > 0))),
                 p.tokens * p.n, 4);
-    weight = take(way == Way::dense, p.m * whole_packs(p.n), element);
-    values = take(sparse || way == Way::tiles, p.nnz, element);
-    columns = take(way == Way::columns, p.tokens * k, p.sum_size());
-    bias_partial = arena.take<unsigned char>(
-        static_cast<std::int64_t>(cuda::column_sum_bytes(p.tokens, p.m, p.dtype)));
-    gemm = take(true, cuda::kGemmWorkspace, 1);
+    weight = take(wanted.x && way == Way::dense, p.m * whole_packs(p.n), element);
+    values = take(wanted.x && (sparse || way == Way::tiles), p.nnz, element);
+    columns = take(wanted.x && way == Way::columns, p.tokens * k, p.sum_size());
+    if (wanted.x && way == Way::strips) strips = StripSpace(p.transposed(), arena);
+    bias_partial = take(
+        wanted.bias, static_cast<std::int64_t>(cuda::column_sum_bytes(p.tokens, p.m, p.dtype)), 1);
+    gemm = take(wanted.x || wanted.u || wanted.v, cuda::kGemmWorkspace, 1);
     const auto rest = static_cast<std::int64_t>(SampledSpace(p, multiprocessors, nullptr).bytes);
-    sampled = arena.take<unsigned char>(rest);
+    sampled = take(wanted.values, rest, 1);
     bytes = arena.used();
   }
 };

@@ -58,7 +58,8 @@ STRUCTMAT_API std::size_t sparse_low_rank_linear_workspace(const Context& contex
                                                            std::int64_t tokens,
                                                            const SparseLowRankWeights& weights);
 STRUCTMAT_API std::size_t sparse_low_rank_linear_backward_workspace(
-    const Context& context, std::int64_t tokens, const SparseLowRankWeights& weights);
+    const Context& context, std::int64_t tokens, const SparseLowRankWeights& weights,
+    const SparseTransposeView& transpose, const SparseLowRankGradients& grads);
 STRUCTMAT_API std::size_t sampled_matmul_workspace(const Context& context, std::int64_t tokens,
                                                    const SparsePatternView& pattern, DType dtype);
 

@@ -37,10 +37,12 @@ struct SparsePatternView {
 };
 
 // The same support seen from the columns, for x's gradient: `pattern` is cols x rows, and value e
-// of the transposed matrix is value permutation[e] of the matrix.
+// of the transposed matrix is value permutation[e] of the matrix. `strip` of its rows in a row have
+// the same columns, though each is a group of its own: 16 for blocks, else 1.
 struct SparseTransposeView {
   SparsePatternView pattern;
   const std::int32_t* permutation = nullptr;  // (nnz)
+  std::int64_t strip = 1;
 };
 
 // `per_group` of the numbers 0 .. count - 1 for each of `groups` groups, each subset equally

@@ -49,6 +49,7 @@ def compress(
     calibration: Iterable[Batch] | Callable[[], Iterable[Batch]] | None = None,
     objective: Objective | None = None,
     filter: Filter = None,
+    iterations: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CompressionReport:
@@ -104,6 +105,8 @@ def compress(
         filter: which layers: a pattern or patterns of names as in a shell (``"encoder.*"``), or
             ``filter(name, module) -> bool``; by default all but those whose weight is tied to
             something else, as to an embedding.
+        iterations: of ``sparse_low_rank``, whose time they take, at most; by default those of
+            :func:`structmat.sparse_low_rank.decompose`.
         seed: of the random projections.
         progress: ``progress(stage, done, total)``, called often.
 
@@ -144,6 +147,8 @@ def compress(
     """
     started = time.perf_counter()
     _check_options(model, keep, method, ranks, sequential, calibration)
+    if iterations is not None and method != "sparse_low_rank":
+        raise ValueError(f"compress: iterations goes with method='sparse_low_rank', got {method!r}")
     keep = float(keep)
     tell = progress or (lambda stage, done, total: None)
     device = next(model.parameters()).device
@@ -159,7 +164,7 @@ def compress(
         if method == "monarch":
             plans = projected(model, targets, data, keep, tell)
         elif method == "sparse_low_rank":
-            plans = decomposed(model, targets, data, keep, seed, tell)
+            plans = decomposed(model, targets, data, keep, iterations, seed, tell)
         elif sequential and ranks == "uniform":  # the ranks are all it takes
             plans = [Plan(target, rank=uniform_rank(*target.shape, keep)) for target in targets]
         else:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse plus low-rank layers for a model: sizes, and decompositions weighted by the inputs."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ def decomposed(
     targets: list[Target],
     data: Calibration | None,
     keep: float,
+    iterations: int | None,
     seed: int,
     tell: Progress,
 ) -> list[Plan]:
@@ -39,18 +40,21 @@ def decomposed(
     plans = [Plan(target) for target in targets]
     for plan in plans:
         plan.rank, plan.nnz = sparse_low_rank_shape(*plan.target.shape, keep)
-    fit_each(model, plans, data, tell, lambda plan, moment: _decompose(plan, moment, seed))
+    options: dict[str, Any] = {"seed": seed}
+    if iterations is not None:
+        options["iterations"] = iterations
+    fit_each(model, plans, data, tell, lambda plan, moment: _decompose(plan, moment, options))
     return plans
 
 
-def _decompose(plan: Plan, moment: Tensor | None, seed: int) -> None:
+def _decompose(plan: Plan, moment: Tensor | None, options: dict[str, Any]) -> None:
     target, rank, nnz = plan.target, plan.rank, plan.nnz
     assert rank is not None
     assert nnz is not None
     (m, n), W = target.shape, target.weight
     density = nnz / (m * n)
     inputs = None if moment is None else damped(moment)
-    found = decompose(W, rank, density, inputs=inputs, seed=seed)
+    found = decompose(W, rank, density, inputs=inputs, **options)
     error = found.error
     if moment is not None:
         S = found.pattern.scatter(found.values).double()

@@ -26,6 +26,7 @@ _METHODS = {
     "svd": "#0a0101",
     "fisher": "#0a0202",
     "monarch": "#0a0505",
+    "sparse": "#0a0606",
     "whitened": "#0a0303",
     "global": "#0a0404",
 }
@@ -38,7 +39,14 @@ _VARIABLES = {
     **{colour: f"--{method}" for method, colour in _METHODS.items()},
     **{colour: f"--depth-{i}" for i, colour in enumerate(_DEPTH)},
 }
-_MARKERS = {"svd": "s", "fisher": "^", "monarch": "P", "whitened": "D", "global": "o"}
+_MARKERS = {
+    "svd": "s",
+    "fisher": "^",
+    "monarch": "P",
+    "sparse": "X",
+    "whitened": "D",
+    "global": "o",
+}
 _STYLE: Any = {
     "svg.fonttype": "none",
     "figure.facecolor": "none",

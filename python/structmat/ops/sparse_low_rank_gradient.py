@@ -78,10 +78,12 @@ def _call_backward(
     wanted: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, ...]:
     """``dx, dU, dV, dvalues, dbias``; ``wanted`` tells which of them but dU, wanted with hidden."""
-    transposed: tuple[Tensor | None, ...] = (None, None, None)
+    transposed: tuple[Any, ...] = (None, None, None, 1)
     if wanted[0]:
         other, permutation = pattern.transpose()
-        transposed = other.starts, other.columns, permutation
+        # Rows in a row with the same columns.
+        strip = pattern.group if pattern.family == "block16" else 1
+        transposed = other.starts, other.columns, permutation, strip
     found: tuple[Tensor, ...] = _linear_backward(
         dy, x, U, V, pattern.starts, pattern.columns, *pattern.shape, pattern.group, values, base,
         *transposed, hidden, *wanted,
@@ -138,6 +140,7 @@ def _(
     transposed_starts: Tensor | None,
     transposed_columns: Tensor | None,
     permutation: Tensor | None,
+    strip: int,
     hidden: Tensor | None,
     need_x: bool,
     need_V: bool,
