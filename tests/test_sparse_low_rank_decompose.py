@@ -84,6 +84,16 @@ def test_supports_are_of_the_family(family: str) -> None:
             assert found.pattern.nnz == drawn.nnz == found.values.numel()
 
 
+def test_it_takes_no_notice_of_autocast() -> None:
+    W, d = torch.randn(40, 30), torch.rand(30)
+    for inputs in (None, d):
+        wanted = decompose(W, 3, 0.2, inputs=inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = decompose(W, 3, 0.2, inputs=inputs)
+        assert torch.equal(found.U, wanted.U)
+        assert found.pattern == wanted.pattern
+
+
 def test_what_it_minimises_is_what_gets_small() -> None:
     C = second_moments(48)
     W = torch.randn(64, 48)

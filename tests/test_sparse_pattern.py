@@ -251,3 +251,20 @@ BAD = [
 def test_bad_arguments(error, message: str, call) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("wanted", [1, 40, 20_000, 300_000, 699_999])
+@pytest.mark.parametrize("kind", ["drawn", "equal", "ascending"])
+def test_the_best_of_many_scores(wanted: int, kind: str) -> None:
+    """Chosen by a sample, which ascending scores and equal ones do their best to mislead."""
+    m, n = 700, 1000
+    scores = {
+        "drawn": torch.rand(m, n),
+        "equal": torch.randint(4, (m, n)).float(),
+        "ascending": torch.arange(m * n).view(m, n).float(),
+    }[kind]
+    order = scores.flatten().sort(descending=True, stable=True).indices[:wanted]
+    mask = torch.zeros(m * n, dtype=torch.bool)
+    mask[order] = True
+    found = sm.SparsePattern.from_scores(scores, wanted / (m * n))
+    assert torch.equal(found.to_mask().flatten(), mask)

@@ -120,12 +120,13 @@ def decompose(
     moments = Moments(inputs, A, op)
 
     how = rank, wanted, family, iterations, seed
-    if moments.full is not None:
-        found = nearest_in(moments, A.double(), *how)
-    elif moments.plain:
-        found = nearest(A, *how)
-    else:
-        found = _nearest_in_columns(moments.diagonal, A, how)
+    with torch.autocast(W.device.type, enabled=False):
+        if moments.full is not None:
+            found = nearest_in(moments, A.double(), *how)
+        elif moments.plain:
+            found = nearest(A, *how)
+        else:
+            found = _nearest_in_columns(moments.diagonal, A, how)
     U, V = balanced(found.P, found.V, scale, W.dtype)
     values = (found.values * scale).to(W.dtype)
     whole = energy(A, moments)
