@@ -452,6 +452,7 @@ def nan_embedding(model: nn.Module) -> None:
         ({"ranks": "magic"}, None, "ranks must be one of"),
         ({"method": "svd", "sequential": True}, None, "sequential goes with"),
         ({"iterations": 3}, None, "iterations goes with"),
+        ({"method": "sparse_low_rank", "iterations": 0}, None, "iterations is 0"),
         ({"calibration": None}, None, "needs calibration"),
         ({"calibration": []}, None, "calibration is empty"),
         ({"filter": "decoder.*"}, None, "no layer matched"),

@@ -49,8 +49,9 @@ def ninja() -> list[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if built := os.environ.get("STRUCTMAT_TEST_WHEELS"):
-        [found] = Path(built).glob("structmat-*.whl")
-        return found
+        found = [*Path(built).glob("structmat-*.whl")]
+        assert len(found) == 1, f"{built} holds {len(found)} wheels of structmat"
+        return found[0]
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
     settings = ["build-dir=build/test-wheel", "cmake.define.STRUCTMAT_CUDA=OFF"]

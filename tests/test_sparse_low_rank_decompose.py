@@ -286,6 +286,35 @@ def test_a_model_is_compressed_saved_and_loaded(tmp_path: Path, data: bool) -> N
         sm.load_pretrained(tmp_path / "saved", 0.3, model=network())
 
 
+@pytest.mark.parametrize("weighting", ["none", "diagonal", "full"])
+def test_all_places_take_what_is_left(weighting: str) -> None:
+    W, C = torch.randn(60, 50), second_moments(50)
+    inputs = {"none": None, "diagonal": C.diagonal(), "full": C}[weighting]
+    for rank in (0, 4):
+        found = decompose(W, rank, 1.0, inputs=inputs)
+        assert found.error < 1e-6
+        torch.testing.assert_close(dense(found), W.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("least", [1e-60, 1e-76, 1e-78, 1e-82, 1e-90, 1e-95])
+def test_weights_of_columns_may_be_far_apart(least: float) -> None:
+    W, d = torch.randn(30, 20), torch.ones(20, dtype=torch.float64)
+    d[:7] = least
+    for rank in (0, 2):
+        found = decompose(W, rank, 0.2, inputs=d)
+        assert found.error == pytest.approx(error_of(W, dense(found), d.diag()), rel=1e-6)
+        assert 0 < found.error < 1
+
+
+def test_what_overflows_is_no_result() -> None:
+    W = 65000 * torch.randn(24, 20).sign()
+    C = second_moments(20)
+    for inputs in (None, C):
+        with pytest.raises(torch.linalg.LinAlgError, match=r"overflows torch\.float16"):
+            decompose(W.half(), 2, 0.2, inputs=inputs)
+        assert decompose(W, 2, 0.2, inputs=inputs).error < 1
+
+
 def test_data_makes_the_outputs_better() -> None:
     batches = [torch.randn(60, 12) @ torch.randn(12, 48) for _ in range(2)]
     fitted, plain = network(), network()

@@ -10,6 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
+from ..linalg.svd import check_integer
 from .allocate import largest_rank, parameters, uniform_rank
 from .calibrate import (
     Batch,
@@ -120,7 +121,7 @@ def compress(
             stays; NaN or Inf in weights, activations or gradients; no loss for ``fisher``; a
             function's batches run out or differ in number; the compressed model fails on the first
             batch. The model is then as it was.
-        TypeError: calibration is a single batch or holds texts.
+        TypeError: calibration is a single batch or holds texts; iterations is no integer.
 
     Cost: the data is read once for its hash, run once for the moments of each group of layers and
     once for the measured errors; for ``global`` and ``fisher`` a forward and backward over the
@@ -147,8 +148,14 @@ def compress(
     """
     started = time.perf_counter()
     _check_options(model, keep, method, ranks, sequential, calibration)
-    if iterations is not None and method != "sparse_low_rank":
-        raise ValueError(f"compress: iterations goes with method='sparse_low_rank', got {method!r}")
+    if iterations is not None:
+        if method != "sparse_low_rank":
+            raise ValueError(
+                f"compress: iterations goes with method='sparse_low_rank', got {method!r}"
+            )
+        check_integer("iterations", iterations, "compress")
+        if iterations < 1:
+            raise ValueError(f"compress: iterations is {iterations}, wanted at least 1")
     keep = float(keep)
     tell = progress or (lambda stage, done, total: None)
     device = next(model.parameters()).device

@@ -44,7 +44,8 @@ class SparseLowRankLinear(SparseSupport):
             that layers differ and ``torch.manual_seed`` decides.
         device, dtype: of the parameters.
         base: ``(m, n)``, on that device and of that dtype; beside float32 also bfloat16 or float16.
-            Taken as it is, not copied.
+            Taken as it is, not copied. It stays frozen: once it requires a gradient, as after
+            ``model.requires_grad_()``, the layer raises.
 
     Attributes:
         U: ``(m, r)``.

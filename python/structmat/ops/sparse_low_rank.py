@@ -107,8 +107,9 @@ def sparse_low_rank_linear(
     The same inputs give the same bits for any number of threads.
 
     Cost: ``2 T (nnz + r (m + n))`` FLOPs forward and twice that for all gradients, ``6 T m n`` for
-    both of the dense layer. Beyond results and gradients, forward and backward together take memory
-    for ``T (m + n + 2 r)`` numbers at most.
+    both of the dense layer; a base adds ``2 T m n`` forward and to the gradient of x. Beyond
+    results and gradients, forward and backward together take memory for ``T (m + n + 2 r)`` numbers
+    at most.
 
     The layer is that of Han et al., SLTrain: a sparse plus low-rank approach for parameter and
     memory efficient pretraining, 2024, whose ``alpha / r`` may be multiplied into ``U`` or ``V``.

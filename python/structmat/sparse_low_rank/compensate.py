@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..monarch.project import _check_matrix, _check_tensor
-from .moments import Moments, balanced, check_rank, energy, lost, relative, scaled
+from .moments import Moments, balanced, check_finite, check_rank, energy, lost, relative, scaled
 
 
 class Compensation(NamedTuple):
@@ -78,4 +78,6 @@ def compensate(W: Tensor, W_hat: Tensor, rank: int, inputs: Tensor | None = None
     P = torch.linalg.svd(moments.root(difference), full_matrices=False).U[:, :rank]
     U, V = balanced(P, P.T @ difference, scale, W.dtype)
     left = lost(W, U, V, W_hat.detach(), scale, moments)
-    return Compensation(U, V, relative(left, energy(A, moments)))
+    error = relative(left, energy(A, moments))
+    check_finite(op, W.dtype, error, U, V)
+    return Compensation(U, V, error)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..linalg.svd import check_integer
 from ..monarch.project import _check_moments, _check_tensor
 
-_BLOCK = 1 << 22  # entries of a block of rows
+_BLOCK = 1 << 20  # entries of a block of rows, of which some four are held in float64
 
 
 class Moments:
@@ -58,7 +58,7 @@ class Moments:
 
 
 def inner(A: Tensor, B: Tensor) -> float:
-    return max(0.0, float((A * B).sum()))
+    return float((A * B).sum().clamp_min(0))  # which keeps NaN
 
 
 def balanced(P: Tensor, V: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -89,6 +89,13 @@ def lost(W: Tensor, U: Tensor, V: Tensor, S: Tensor, scale: float, C: Moments) -
 
 def relative(lost: float, whole: float) -> float:
     return math.sqrt(lost / whole) if whole > 0 else 0.0
+
+
+def check_finite(op: str, dtype: torch.dtype, error: float, *returned: Tensor) -> None:
+    if not (math.isfinite(error) and all(bool(t.isfinite().all()) for t in returned)):
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            f"{op}: the result overflows {dtype}"
+        )
 
 
 def scaled(name: str, tensor: Tensor, op: str) -> tuple[Tensor, float]:

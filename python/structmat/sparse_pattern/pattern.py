@@ -341,9 +341,9 @@ class SparsePattern(SparseIndex):
             ValueError: not two dimensions, NaN, Inf or negative numbers among the scores, an
                 unknown family or a density out of range.
 
-        Cost: a few passes over the scores. Beside them ``uniform`` takes some 19 bytes for each of
-        the ``m n`` places of float32 while it runs (a copy to find the least, masks, and a count
-        of equals), the strips the sums of their places.
+        Cost: a few passes over the scores. Beside them ``uniform`` takes some 5 bytes for each of
+        the ``m n`` places at a density of 3 % and 15 at 30 % while it runs (masks, and the places
+        chosen, 8 bytes each), the strips the sums of their places.
 
         Example:
             >>> import torch, structmat as sm
