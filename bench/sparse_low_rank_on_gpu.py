@@ -52,7 +52,7 @@ GRID = [Case(t, density=d) for d in (0.01, 0.03, 0.1) for t in (8, 33, 64, 256, 
 GRID += [
     Case(t, family, density=d)
     for family in ("vector16", "block16")
-    for d in (0.03, 0.1, 0.12)  # from 0.1 on as any support
+    for d in (0.03, 0.1, 0.12)  # above 0.105 as any support
     for t in (33, 256, 16384)
 ]
 GRID += [Case(4096, family, "backward") for family in ("vector16", "block16")]

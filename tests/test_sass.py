@@ -88,7 +88,13 @@ def test_nothing_spills() -> None:
 
 
 def test_registers_allow_two_blocks_of_256_threads() -> None:
-    greedy = [f"{a} {name}: {u['REG']}" for a, name, u in kernels() if u["REG"] > 128]
+    # The decode of 8 tokens in float64 is to have the multiprocessor for one block (launch bounds).
+    alone = "few_low_rank_kernelIdLi8E"
+    greedy = [
+        f"{a} {name}: {u['REG']}"
+        for a, name, u in kernels()
+        if u["REG"] > (255 if alone in name else 128)
+    ]
     assert not greedy, "\n".join(greedy)
 
 

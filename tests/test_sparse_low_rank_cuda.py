@@ -140,3 +140,32 @@ def test_not_finite(backend: Backend, dtype: torch.dtype, tokens: int, family: s
         nan = out.isnan()
         for token in range(tokens):
             assert nan[token].all() if token in bad else not nan[token].any()
+
+
+@pytest.mark.parametrize(
+    ("family", "strip", "message"),
+    [
+        ("uniform", 16, "strips of 16 rows"),
+        ("block16", 2, "strips of 2 rows"),
+        ("vector16", 16, None),  # no strips either, which only the index tells: nothing is promised
+    ],
+)
+def test_strips_that_are_none(
+    backend: Backend, family: str, strip: int, message: str | None
+) -> None:
+    mask = torch.zeros(400, 64, dtype=torch.bool)
+    mask[:, : 16 if family == "block16" else 1] = True  # its transpose: many entries in few rows
+    pattern = sm.SparsePattern.from_mask(mask, family=family).to(backend.device)
+    dy, values = (
+        make(*shape, dtype=torch.bfloat16, device=backend.device)
+        for shape in ((40, 400), (pattern.nnz,))
+    )
+    other, permutation = pattern.transpose()
+    index = pattern.starts, pattern.columns, 400, 64, pattern.group
+    arguments = dy, None, None, None, *index, values, None, other.starts, other.columns, permutation
+    backward = torch.ops.structmat.sparse_low_rank_linear_backward
+    if message is None:
+        assert backward(*arguments, strip, None, True, False, False, False)[0].shape == (40, 64)
+        return
+    with pytest.raises(RuntimeError, match=message):
+        backward(*arguments, strip, None, True, False, False, False)

@@ -243,10 +243,11 @@ struct WeightGradients {
     return std::clamp<std::int64_t>(std::min(fit, blocks / threads), 1, 64);
   }
 
-  // Tokens [c0, c1) of x. a(b, t, count) are rows [t, t + count) of
-  // what goes with them, token by token, for block b; t counts from c0.
+  // Tokens [c0, c1) of x. a(b, t, count) are rows [t, t + count) of what goes with them, token by
+  // token, for block b; t counts from c0. `in_place`: it copies nothing.
   template <class A>
-  void add(std::int64_t c0, std::int64_t c1, std::int64_t b0, std::int64_t b1, A&& a) const {
+  void add(std::int64_t c0, std::int64_t c1, std::int64_t b0, std::int64_t b1, bool in_place,
+           A&& a) const {
     static thread_local Scratch memory;
     S* const copy = memory.get<S>((b1 - b0) * copy_step<S>(kGradientTokens, ld()));
     for (std::int64_t t0 = c0; t0 < c1 || t0 == 0; t0 += kGradientTokens) {
@@ -263,7 +264,7 @@ struct WeightGradients {
         if (sums != nullptr) add_columns(block, tokens, ld(), sums + b * ld(), t0 == 0);
         if (totals == nullptr) continue;
         Ahead<false> a_ahead;
-        if (b + 1 < b1) {
+        if (in_place && b + 1 < b1) {
           const Rows<S> next = a(b + 1, t0 - c0, tokens);
           a_ahead = next.step == 1 ? Ahead<false>::of(next.data, next.row_stride, rows, tokens)
                                    : Ahead<false>::of(next.data, next.step, tokens, rows);

@@ -33,6 +33,7 @@
     sm_config.stream = static_cast<cudaStream_t>(on);                                          \
     sm_config.attrs = &sm_together, sm_config.numAttrs = 1;                                    \
     const cudaError_t sm_status = cudaLaunchKernelEx(&sm_config, kernel, __VA_ARGS__);         \
+    if (sm_status != cudaSuccess) cudaGetLastError(); /* or the next launch reports it */      \
     STRUCTMAT_CHECK(sm_status == cudaSuccess,                                                  \
                     std::string(#kernel ": launch failed: ") + cudaGetErrorString(sm_status)); \
   } while (0)

@@ -131,7 +131,7 @@ struct KroneckerSparse {
       parallel_for(context, blocks / run * per, [&](std::int64_t task) {
         const std::int64_t first = task / per * run, b0 = first + task % per * group,
                            b1 = std::min(b0 + group, first + run);
-        gradients.add(c0, c1, b0, b1, [&](std::int64_t block, std::int64_t t, std::int64_t) {
+        gradients.add(c0, c1, b0, b1, true, [&](std::int64_t block, std::int64_t t, std::int64_t) {
           return Rows<S>{from.data + columns(b).base(block) + t * from.stride, d, from.stride};
         });
         for (std::int64_t block = b0; c1 == tokens && block < b1; ++block) {

@@ -333,13 +333,14 @@ void Monarch<T, kPairs>::backward(ConstMatrixView dy, ConstMatrixView x, const v
     parallel_for(context, tasks1 + tasks2, [&](std::int64_t task) {
       if (task < tasks1) {
         const std::int64_t k0 = task * group1, k1 = std::min(s.K, k0 + group1);
-        d1.add(c0, c1, k0, k1, [&](std::int64_t k, std::int64_t t, std::int64_t) {
+        d1.add(c0, c1, k0, k1, true, [&](std::int64_t k, std::int64_t t, std::int64_t) {
           return Rows<S>{g.data + k * g.block + t, g.ld, 1};
         });
         return;
       }
       const std::int64_t j0 = (task - tasks1) * group2, j1 = std::min(s.J, j0 + group2);
-      d2.add(c0, c1, j0, j1, [&](std::int64_t j, std::int64_t t, std::int64_t count) {
+      const bool in_place = make_h || std::is_same_v<S, T>;
+      d2.add(c0, c1, j0, j1, in_place, [&](std::int64_t j, std::int64_t t, std::int64_t count) {
         if (make_h) return Rows<S>{h.data + j * h.block + t, h.ld, 1};
         const T* const given = hidden + (j * tokens + c0 + t) * s.S;
         if constexpr (std::is_same_v<S, T>) {

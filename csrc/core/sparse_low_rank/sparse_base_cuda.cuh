@@ -29,6 +29,7 @@ class NarrowBase {
     std::swap(base_, weights.base);
     rows_ = std::max<std::int64_t>(
         1, std::min(base_.rows, kWidened / std::max<std::int64_t>(1, base_.cols)));
+    if (rows_ > 64) rows_ = rows_ / 64 * 64;  // blocks begin at whole packs
   }
 
   // What add() needs, from the beginning of the workspace: it comes when all else is done.

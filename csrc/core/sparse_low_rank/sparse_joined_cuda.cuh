@@ -95,7 +95,9 @@ void multiply_joined(const Context& context, const SparseProduct& s, const Const
   if (!(plain || whole(p.a)) || !whole(args.low_rank.a) || !whole(args.low_rank.b) ||
       !whole(args.base.b))
     return launch_joined<T, Small, numbers, numbers>(context, args, part);
-  const bool large = p.rows > 256;  // before that, small tiles give more blocks
+  // Before that small tiles give more blocks; some devices have no room for large ones.
+  const bool large = p.rows > 256 && sizeof(JoinedTile<T, Large, columns, columns, Part>) <=
+                                         static_cast<std::size_t>(cuda::max_shared_bytes());
   if (transposed)
     return large ? launch_joined<T, Large, columns, rows>(context, args, part)
                  : launch_joined<T, Small, columns, rows>(context, args, part);

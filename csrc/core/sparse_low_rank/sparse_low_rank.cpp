@@ -96,9 +96,10 @@ void sparse_low_rank_linear_backward(const Context& context, ConstMatrixView dy,
                     std::string(op) +
                         ": the transposed pattern needs rows in groups of 1, and a "
                         "permutation");
-    STRUCTMAT_CHECK(transpose.strip == 1 || transpose.strip == 16,
+    STRUCTMAT_CHECK(transpose.strip == 1 || (transpose.strip == 16 && weights.pattern.group == 16),
                     std::string(op) + ": the transposed pattern has strips of " +
-                        std::to_string(transpose.strip) + " rows, wanted 1 or 16");
+                        std::to_string(transpose.strip) +
+                        " rows, wanted 1, or 16 beside a pattern of groups");
   }
   if (grads.u.data != nullptr) {
     check.matrix("hidden", hidden, tokens, r);

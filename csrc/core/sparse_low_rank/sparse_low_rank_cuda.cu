@@ -74,7 +74,7 @@ Joined columns_of(const ConstMatrixView& x, const SparsePatternView& pattern, vo
   return p;
 }
 
-// y = h U^T + x base^T + x S^T + bias, in one launch but for `base` and an `hidden` to be kept;
+// y = h U^T + x base^T + x S^T + bias, in one launch but for `base` and a `hidden` to be kept;
 // `sums` is (T, m).
 template <class T>
 void forward_few(const Context& context, SparseProduct p, const SparseLowRankWeights& w,

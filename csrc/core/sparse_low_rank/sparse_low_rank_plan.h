@@ -36,7 +36,7 @@ constexpr double half_density = 0.02, full_density = 0.25;
 // a strip times 16 tokens give a tensor core the sums of 8 columns, to be added where these lie in
 // shared memory, 119 TFLOP/s at best; with padding and bank conflicts 25 us per percent. Not done:
 // for few tokens `tiles` takes it, for many `dense`, which writes W.
-constexpr double strip_density = 0.1;
+constexpr double strip_density = 0.105;  // a drawn 10 % is a little more or less
 constexpr std::int64_t kStrip = 16;
 constexpr std::int64_t kFewTokens = 32;      // up to here the time is that of reading the weights
 constexpr std::int64_t kDenseTokens = 1024;  // writing W is then a fourth of the product, n = 4096
@@ -88,13 +88,13 @@ struct StripSpace {
   void* turned = nullptr;   // x^T (n, stride): tokens in whole packs
   void* columns = nullptr;  // (steps, 16) of int32
   void* values = nullptr;   // (steps, 16 columns, 16 rows), as lanes hold them
-  std::int64_t stride = 0;
+  std::int64_t stride = 0, steps = 0;
 
   StripSpace() = default;
   StripSpace(const Product& p, cuda::Arena& arena) : stride(whole_packs(p.tokens)) {
     const std::int64_t strips = (p.m + kStrip - 1) / kStrip;
     // The last strip may have fewer rows, hence more columns than entries / 16.
-    const std::int64_t steps =
+    steps =
         p.nnz / (kStrip * kStrip) + strips + (p.m % kStrip == 0 ? 0 : (p.n + kStrip - 1) / kStrip);
     turned = arena.take<std::uint16_t>(p.n * stride);
     columns = arena.take<std::int32_t>(steps * kStrip);

@@ -28,13 +28,16 @@ struct Strip {
   std::int64_t step;           // where its steps of 16 columns begin: see StripSpace
   int count;
 
-  __device__ Strip(const SparsePatternView& pattern, std::int64_t strip) {
+  // No more steps than `space` has, whatever the index says.
+  __device__ Strip(const SparsePatternView& pattern, std::int64_t strip, const StripSpace& space) {
     const std::int64_t slabs = (pattern.cols + sparse_slab_columns - 1) / sparse_slab_columns;
     starts = strip * (kStrip / pattern.group) * slabs;
     first = pattern.starts[starts];
     count = static_cast<int>(pattern.starts[starts + slabs] - first);
     values = pattern.group * first;
     step = values / (kStrip * kStrip) + strip;
+    const std::int64_t room = (space.steps - step) * kStrip;
+    if (count > room) count = static_cast<int>(room > 0 ? room : 0);
   }
   __device__ int steps() const { return (count + kStrip - 1) / kStrip; }
 };
@@ -83,15 +86,17 @@ __device__ void turn(const ConstMatrixView& x, bool x_packs, T* turned, std::int
 // For each step of a strip the columns of its 16 entries, and the registers of B of two
 // instructions (mma.h), four for each lane: values (k, row), zero where there is no entry.
 template <class T>
-__device__ void pack_strip(const Strips& s, std::int64_t number, std::int32_t* columns,
-                           uint4* values) {
-  const Strip strip(s.pattern, number);
+__device__ void pack_strip(const Strips& s, std::int64_t number, const StripSpace& space) {
+  std::int32_t* const columns = static_cast<std::int32_t*>(space.columns);
+  uint4* const values = static_cast<uint4*>(space.values);
+  const Strip strip(s.pattern, number, space);
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const std::int64_t rows = s.pattern.rows - number * kStrip;
   const T* const from = static_cast<const T*>(s.values);
   const auto value = [&](int row, int entry) -> unsigned {
     if (row >= rows || entry >= strip.count) return 0;
     std::int64_t at = strip.values + std::int64_t{row} * strip.count + entry;
+    if (at >= s.pattern.nnz) return 0;  // the rows have not the same columns
     if (s.permutation != nullptr) at = s.permutation[at];
     return from[at].bits;
   };
@@ -124,8 +129,7 @@ __global__ void __launch_bounds__(kTurnThreads)
   if (block < tiles)
     turn<T>(x, x_packs, static_cast<T*>(space.turned), space.stride, block, shared);
   else
-    pack_strip<T>(s, block - tiles, static_cast<std::int32_t*>(space.columns),
-                  static_cast<uint4*>(space.values));
+    pack_strip<T>(s, block - tiles, space);
 }
 
 struct Gathered {
@@ -151,7 +155,7 @@ struct Gathered {
     const int lane = thread % 32, matrix = lane / 8, r = lane % 8;
     const std::int64_t number = tile.col / kStrip + thread / 32;
     if (number * kStrip >= pattern.rows) return;
-    const Strip strip(pattern, number);
+    const Strip strip(pattern, number, space);
     const int steps = strip.steps();
     const std::int64_t left = (space.stride - tile.row) / kPack;  // packs of tokens
     const T* const x = static_cast<const T*>(space.turned) + tile.row + lane % kPacks * kPack;
