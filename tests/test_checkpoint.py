@@ -58,6 +58,7 @@ def test_description(tmp_path: Path) -> None:
         "density": None,
         "family": None,
         "bias": True,
+        "base": False,
         "dtype": "bfloat16",
         "predicted_error": entry.predicted_error,
         "calibration_hash": report.calibration_hash,

@@ -22,7 +22,7 @@ namespace emulate {
 Block* current = nullptr;
 void wait_for_block() {}
 std::uint64_t wait_for_warp(unsigned, std::uint64_t, int) { return 0; }
-void launch(std::function<void()>, dim3, dim3, std::size_t) {}
+void launch(std::function<void()>, dim3, dim3, std::size_t, bool) {}
 }  // namespace emulate
 namespace structmat {
 void cuda::gemm(const Context&, const Gemm&, void*) {}
