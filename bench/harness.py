@@ -129,18 +129,17 @@ def measure(
             contender()
         return seconds(contender, repeats)
 
-    timers = {n: (lambda c=c: run(c)) for n, c in contenders.items()}
-    for timer in timers.values():
-        timer()
-    times: dict[str, list[float]] = {name: [] for name in timers}
+    for contender in contenders.values():
+        run(contender)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
     rounds = (2, 2) if tiny else (least, 2000)
     end = time.perf_counter() + budget
     while len(times[next(iter(times))]) < rounds[0] or (
         time.perf_counter() < end and len(times[next(iter(times))]) < rounds[1]
     ):
-        for name, timer in timers.items():
+        for name, contender in contenders.items():
             time.sleep(settle)
-            times[name].append(timer())
+            times[name].append(run(contender))
     return {name: statistics.median(t) for name, t in times.items()}
 
 

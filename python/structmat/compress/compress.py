@@ -147,15 +147,7 @@ def compress(
         True
     """
     started = time.perf_counter()
-    _check_options(model, keep, method, ranks, sequential, calibration)
-    if iterations is not None:
-        if method != "sparse_low_rank":
-            raise ValueError(
-                f"compress: iterations goes with method='sparse_low_rank', got {method!r}"
-            )
-        check_integer("iterations", iterations, "compress")
-        if iterations < 1:
-            raise ValueError(f"compress: iterations is {iterations}, wanted at least 1")
+    _check_options(model, keep, method, ranks, sequential, calibration, iterations)
     keep = float(keep)
     tell = progress or (lambda stage, done, total: None)
     device = next(model.parameters()).device
@@ -271,7 +263,13 @@ def _finish(
 
 
 def _check_options(
-    model: object, keep: object, method: str, ranks: str, sequential: bool, calibration: object
+    model: object,
+    keep: object,
+    method: str,
+    ranks: str,
+    sequential: bool,
+    calibration: object,
+    iterations: int | None = None,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model must be an nn.Module, got {type(model).__name__}")
@@ -297,6 +295,13 @@ def _check_options(
             f"compress: method={method!r} with ranks={ranks!r} needs calibration, batches for the "
             f"model; only {', '.join(map(repr, WITHOUT_DATA))} with ranks='uniform' do without"
         )
+    if iterations is None:
+        return
+    if method != "sparse_low_rank":
+        raise ValueError(f"compress: iterations goes with method='sparse_low_rank', got {method!r}")
+    check_integer("iterations", iterations, "compress")
+    if iterations < 1:
+        raise ValueError(f"compress: iterations is {iterations}, wanted at least 1")
 
 
 def _refit(

@@ -123,10 +123,10 @@ def decompose(
 
     how = rank, wanted, family, iterations, seed
     with torch.autocast(W.device.type, enabled=False):
-        if moments.full is not None and density < 1:  # else S takes all that U V leaves
-            found = nearest_in(moments, A.double(), *how)
-        elif moments.plain or density >= 1:
+        if moments.plain or density == 1:  # where S takes all that U V leaves, whatever the norm
             found = nearest(A, *how)
+        elif moments.full is not None:
+            found = nearest_in(moments, A.double(), *how)
         else:
             found = _nearest_in_columns(moments.diagonal, A, how)
     U, V = balanced(found.P, found.V, scale, W.dtype)
