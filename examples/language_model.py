@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import matplotlib
 import torch
 import typer
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
@@ -318,6 +319,11 @@ def table(runners: list[Contender]) -> Table:
             f"{runner.time / runners[0].time:.2f}",
         )
     return out
+
+
+def show(what: Any) -> None:
+    """Prints, and into a file or a pipe wide enough for every column."""
+    Console(width=None if sys.stdout.isatty() else 140).print(what)
 
 
 def panels(count: int = 2, **given: Any) -> tuple[Any, list[Axes]]:

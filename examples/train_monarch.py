@@ -19,7 +19,6 @@ validation loss by step and time.
 from pathlib import Path
 from typing import Annotated
 
-import rich
 import torch
 import typer
 from language_model import (
@@ -39,6 +38,7 @@ from language_model import (
     dense_layer,
     panels,
     save,
+    show,
     table,
     train,
 )
@@ -133,9 +133,9 @@ def main(
     plan = (LARGE if large else SMALL).changed(steps=steps, width=width, lr=lr)
     runners = contenders(plan, blocks)
     train(plan, runners, seeds, device)
-    rich.print(table(runners))
+    show(table(runners))
     picture(plan, runners, out)
-    rich.print(f"wrote {out}")
+    show(f"wrote {out}")
 
 
 if __name__ == "__main__":

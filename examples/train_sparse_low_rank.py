@@ -22,7 +22,6 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Annotated
 
-import rich
 import torch
 import typer
 from language_model import (
@@ -43,6 +42,7 @@ from language_model import (
     mean_and_spread,
     panels,
     save,
+    show,
     table,
     train,
 )
@@ -194,10 +194,10 @@ def main(
     plan = (LARGE if large else SMALL).changed(steps=steps, width=width, lr=lr)
     runners = contenders(plan, rank or plan.width // 8, density)
     train(plan, runners, seeds, device)
-    rich.print(table(runners))
-    rich.print(difference_table(runners))
+    show(table(runners))
+    show(difference_table(runners))
     picture(plan, runners, out)
-    rich.print(f"wrote {out}")
+    show(f"wrote {out}")
 
 
 if __name__ == "__main__":

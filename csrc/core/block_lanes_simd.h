@@ -6,7 +6,8 @@
 #pragma once
 #include <type_traits>
 
-#include "block_product_simd.h"
+#include "bfloat16_pairs_simd.h"
+#include "block_linear_simd.h"
 
 namespace structmat {
 namespace {
@@ -19,25 +20,16 @@ constexpr int kLaneRows = 6, kLaneVecs = 2;
 constexpr int kLaneRows = 4, kLaneVecs = 2;
 #endif
 
-// What one lane holds along the reduction: a number of the sums' type S, or (kPairs) two bfloat16,
-// which vdpbf16ps multiplies and adds at twice the rate. It takes subnormal numbers for zero.
-template <bool kPairs>
-constexpr int kWordNumbers = kPairs ? 2 : 1;
-
-// Rounded to bfloat16, still fp32.
-inline Vec<float> round_to_bfloat16(Vec<float> v) {
-  typedef std::uint32_t Bits __attribute__((vector_size(kVecBytes)));
-  const Bits bits = reinterpret_cast<Bits>(v), rounded = bits + 0x7fff + (bits >> 16 & 1);
-  const Bits top = v == v ? rounded : (bits | 0x400000);
-  return reinterpret_cast<Vec<float>>(top & 0xffff0000);
-}
-
-// Lane by lane the pair (low, high) of numbers that are rounded already.
-inline Vec<float> pair_words(Vec<float> low, Vec<float> high) {
-  typedef std::uint32_t Bits __attribute__((vector_size(kVecBytes)));
-  return reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(low) >> 16 |
-                                      (reinterpret_cast<Bits>(high) & 0xffff0000));
-}
+// Tokens in equal tiles of whole vectors, as many for each thread.
+struct LaneTiles {
+  std::int64_t tokens, size, count;
+  LaneTiles(std::int64_t tokens, std::int64_t threads, std::int64_t lanes) : tokens(tokens) {
+    const std::int64_t least = std::max(round_up(ceil_div(tokens, kTokenTile), threads), threads);
+    size = std::max(round_up(ceil_div(tokens, least), lanes), lanes);
+    count = ceil_div(tokens, size);
+  }
+  std::int64_t first(std::int64_t tile) const { return std::min(tokens, tile * size); }
+};
 
 // Words of weights: word p of row r at data + r * row + p * step, in bytes.
 struct Words {
@@ -60,20 +52,9 @@ void lanes_kernel(std::int64_t words, const Words& w, const S* panel, std::int64
       const char* const base = r < 4 ? w0 : w4;
       S word;
       std::memcpy(&word, base + (r % 4) * w.row, sizeof word);
-#if defined(__AVX512F__)
-      if constexpr (kPairs) {
-        std::int32_t bits;
-        std::memcpy(&bits, base + (r % 4) * w.row, sizeof bits);
-        const __m512i weight = _mm512_set1_epi32(bits);
+      const Vec<S> weight = broadcast_word<kPairs>(word);
 #pragma GCC unroll 3
-        for (int v = 0; v < kVecs; ++v)  // by name: only at Simd::avx512bf16
-          asm("vdpbf16ps %2, %1, %0" : "+v"(sum[r][v]) : "v"(value[v]), "v"(weight));
-        continue;
-      }
-#endif
-      const Vec<S> weight = broadcast(word);
-#pragma GCC unroll 3
-      for (int v = 0; v < kVecs; ++v) sum[r][v] = fma(weight, value[v], sum[r][v]);
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = multiply_add<kPairs>(value[v], weight, sum[r][v]);
     }
     w0 += w.step, w4 += w.step, panel += ld;
   }
@@ -268,14 +249,6 @@ void load_panels(const T* x, std::int64_t x_stride, std::int64_t tokens, const C
   }
 }
 
-// Lines of numbers (depth, ld) rounded to bfloat16 already, as pairs (words, lanes).
-inline void pair_lines(const float* from, std::int64_t depth, std::int64_t ld, std::int64_t lanes,
-                       float* to) {
-  for (std::int64_t p = 0; p < depth; p += 2, from += 2 * ld, to += lanes)
-    for (std::int64_t t = 0; t < lanes; t += kLanes<float>)
-      store(to + t, pair_words(load(from + t), p + 1 < depth ? load(from + ld + t) : Vec<float>{}));
-}
-
 // to[i] <- a vector, or its first `count` numbers, rounded to T. `stream`: past the caches, where a
 // whole line is written.
 template <class S, class T>
@@ -349,6 +322,39 @@ inline void finish_streams() {
 #if defined(__AVX512F__)
   _mm_sfence();
 #endif
+}
+
+// A block's inputs as words, line by line: those of the tokens, lines `ld` apart.
+template <class S>
+struct Panel {
+  const S* data;
+  std::int64_t ld;
+};
+
+// Rows [t0, t1) of a result, blocks `blocks`: those of f times panel(b, lanes).
+template <class S, class T, bool kPairs, class PanelOf>
+void lanes_output(const LaneWeights<S, T, kPairs>& f, std::int64_t t0, std::int64_t t1,
+                  const Output<S, T>& out, const typename Output<S, T>::Range& blocks,
+                  PanelOf&& panel_of) {
+  static thread_local Scratch z_memory;
+  const std::int64_t lanes = round_up(t1 - t0, kLanes<S>), step = block_step<S>(lanes, out.width);
+  const auto [b0, b1] = blocks;
+  const Columns to = out.inner > 1 ? Columns{out.inner, out.width * out.inner, 1, out.inner}
+                                   : Columns{1, out.width, 0, 1};
+  S* const z = z_memory.get<S>((b1 - b0) * step);
+  for (std::int64_t b = b0; b < b1; ++b) {
+    const Panel<S> panel = panel_of(b, lanes);
+    S* const lines = z + (b - b0) * step;
+    const auto ahead = Ahead<true>::of(row_of<T>(out.y, t0) + to.base(b), out.y.row_stride,
+                                       out.inner > 1 || out.streams() ? 0 : t1 - t0, out.width);
+    lanes_product<S, T, kPairs>(f, b, panel.data, panel.ld, lanes,
+                                out.bias != nullptr ? out.bias + b * out.bias_step() : nullptr,
+                                false, ahead, [&](std::int64_t o) { return lines + o * lanes; });
+    activate(out.activation, lines, out.width * lanes);
+  }
+  store_panels<S, T>(z, lanes, step, t1 - t0, to, b0, b1, out.width, row_of<T>(out.y, t0),
+                     out.y.row_stride, out.streams());
+  if (out.streams()) finish_streams();
 }
 
 }  // namespace

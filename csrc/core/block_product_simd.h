@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "bfloat16_pairs_simd.h"
 #include "few_rows_simd.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -31,8 +32,8 @@ struct Rows {
 };
 
 // c (kRows, kVecs vectors) = A W + add, vector v of row p of W at w[p * w_stride + v * lanes];
-// add_stride 0 repeats one row (the bias).
-template <class S, int kRows, int kVecs>
+// add_stride 0 repeats one row (the bias). kPairs: the numbers of A and W are words.
+template <class S, bool kPairs, int kRows, int kVecs>
 void block_kernel(std::int64_t depth, const Rows<S>& a, const S* w, std::int64_t w_stride,
                   const S* add, std::int64_t add_stride, S* c, std::int64_t c_stride) {
   constexpr int lanes = kLanes<S>;
@@ -47,9 +48,9 @@ void block_kernel(std::int64_t depth, const Rows<S>& a, const S* w, std::int64_t
     for (int r = 0; r < kRows; ++r) {
       // Named: gcc 12 with -fsanitize=undefined reads (r < 4 ? a0 : a4)[0] from elsewhere.
       const S* const base = r < 4 ? a0 : a4;
-      const Vec<S> value = broadcast(base[(r % 4) * row]);
+      const Vec<S> value = broadcast_word<kPairs>(base[(r % 4) * row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sum[r][v] = fma(value, weight[v], sum[r][v]);
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = multiply_add<kPairs>(value, weight[v], sum[r][v]);
     }
     a0 += step, a4 += step, w += w_stride;
   }
@@ -67,16 +68,16 @@ template <class S>
 using BlockKernel = void (*)(std::int64_t, const Rows<S>&, const S*, std::int64_t, const S*,
                              std::int64_t, S*, std::int64_t);
 
-template <class S, int... kIndex>
+template <class S, bool kPairs, int... kIndex>
 BlockKernel<S> block_kernel_for(int rows, int vecs, std::integer_sequence<int, kIndex...>) {
   static constexpr BlockKernel<S> table[] = {
-      block_kernel<S, kIndex / kBlockVecs + 1, kIndex % kBlockVecs + 1>...};
+      block_kernel<S, kPairs, kIndex / kBlockVecs + 1, kIndex % kBlockVecs + 1>...};
   return table[(rows - 1) * kBlockVecs + vecs - 1];
 }
-template <class S>
+template <class S, bool kPairs = false>
 BlockKernel<S> block_kernel_for(int rows, int vecs) {
-  return block_kernel_for<S>(rows, vecs,
-                             std::make_integer_sequence<int, kBlockRows * kBlockVecs>());
+  return block_kernel_for<S, kPairs>(rows, vecs,
+                                     std::make_integer_sequence<int, kBlockRows * kBlockVecs>());
 }
 
 // `size` numbers in an array, `inner` of them `inner_stride` apart, such runs `outer_stride` apart.

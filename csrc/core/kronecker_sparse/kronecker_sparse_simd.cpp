@@ -2,13 +2,15 @@
 // Block (a, d) of the factor multiplies columns (a, c, d) of x for all c.
 #include "kronecker_sparse/kronecker_sparse_simd.h"
 
-#include "block_linear_simd.h"
+#include "block_lanes_simd.h"
 #include "kronecker_sparse/kronecker_sparse_columns_simd.h"
+#include "simd.h"
 
 namespace structmat {
 namespace {
 
-template <class T>
+// kPairs: bfloat16 by the machine's own products of pairs.
+template <class T, bool kPairs = false>
 struct KroneckerSparse {
   using S = accumulator_t<T>;
   static constexpr int w = kLanes<S>;
@@ -32,17 +34,35 @@ struct KroneckerSparse {
     const bool few = tokens < threads * kTokenTile / 2;  // threads share the blocks
     out.neighbours = std::clamp<std::int64_t>(
         std::min(neighbours_of(f), few ? blocks / (4 * threads) : blocks), 1, blocks);
-    const std::int64_t groups = out.groups(blocks);
-    if (few) {
-      const WideRows<S, T> rows(x, 0, tokens, x_memory);
-      const std::int64_t work = std::max<std::int64_t>(tokens * f.packed_size * out.group(), 1),
-                         tasks = std::clamp<std::int64_t>(groups * work / 100000, 1,
-                                                          std::min(groups, 4 * threads));
+    const std::int64_t groups = out.groups(blocks),
+                       work = std::max<std::int64_t>(tokens * f.packed_size * out.group(), 1);
+    const auto share_groups = [&](auto&& body) {  // of few tokens, among the threads
+      const std::int64_t tasks =
+          std::clamp<std::int64_t>(groups * work / 100000, 1, std::min(groups, 4 * threads));
       parallel_for(context, tasks, [&](std::int64_t task) {
         for (std::int64_t g = groups * task / tasks; g < groups * (task + 1) / tasks; ++g)
-          out.compute(f, rows.data, rows.stride, from, 0, tokens, out.range(g, blocks));
+          body(out.range(g, blocks));
       });
-      return;
+    };
+    if constexpr (kPairs)
+      if (tokens > kFewRows) {
+        LaneWeights<S, T, kPairs> lanes(f.data, f.block, f.depth, f.width);
+        lanes.prepare(context, weights_memory);
+        if (few)
+          return share_groups(
+              [&](const auto& range) { in_lanes(lanes, from, x, 0, tokens, out, range); });
+        const LaneTiles tiles(tokens, threads, w);
+        return parallel_for(context, tiles.count, [&](std::int64_t tile) {
+          for (std::int64_t g = 0; g < groups; ++g)
+            in_lanes(lanes, from, x, tiles.first(tile), tiles.first(tile + 1), out,
+                     out.range(g, blocks));
+        });
+      }
+    if (few) {
+      const WideRows<S, T> rows(x, 0, tokens, x_memory);
+      return share_groups([&](const auto& range) {
+        out.compute(f, rows.data, rows.stride, from, 0, tokens, range);
+      });
     }
     f.pack(context, weights_memory);
     const TokenTiles tiles(tokens, threads);
@@ -51,6 +71,20 @@ struct KroneckerSparse {
       const WideRows<S, T> rows(x, t0, t1, x_memory);
       for (std::int64_t g = 0; g < groups; ++g)
         out.compute(f, rows.data, rows.stride, from, t0, t1, out.range(g, blocks));
+    });
+  }
+
+  // Tokens in the lanes of vectors.
+  void in_lanes(const LaneWeights<S, T, kPairs>& f, const Columns& from, ConstMatrixView x,
+                std::int64_t t0, std::int64_t t1, const Output<S, T>& out,
+                const typename Output<S, T>::Range& range) const {
+    static thread_local Scratch memory;
+    const std::int64_t lanes = round_up(t1 - t0, w), step = block_step<S>(lanes, f.words());
+    S* const panels = memory.get<S>((range.b1 - range.b0) * step);
+    load_panels<S, T, kPairs>(row_of<T>(x, t0), x.row_stride, t1 - t0, from, range.b0, range.b1,
+                              f.depth.size, panels, lanes, step);
+    lanes_output(f, t0, t1, out, range, [&](std::int64_t b, std::int64_t) {
+      return Panel<S>{panels + (b - range.b0) * step, lanes};
     });
   }
 
@@ -88,7 +122,8 @@ struct KroneckerSparse {
     return f;
   }
 
-  void forward(ConstMatrixView x, const T* bias, Activation activation, MatrixView y) const {
+  void forward(ConstMatrixView x, const void* given, Activation activation, MatrixView y) const {
+    const T* const bias = static_cast<const T*>(given);
     static thread_local Scratch small_memory;
     if (small() && a * b * d > 0)
       return small_factor(false, small_memory).product(context, x, bias, activation, y);
@@ -121,7 +156,7 @@ struct KroneckerSparse {
     if (a * d == 0) return;
     const std::int64_t tokens = dy.rows, blocks = a * d, threads = thread_count(context),
                        chunk = std::is_same_v<S, T> ? std::max<std::int64_t>(tokens, 1) : 1024;
-    WeightGradients<S, T> gradients{x, columns(c), c, b, b, nullptr};
+    WeightGradients<S, T, kPairs> gradients{x, columns(c), c, b, b, nullptr};
     gradients.totals = total_memory.get<S>(blocks * b * gradients.ld());
     const std::int64_t group = gradients.group(blocks, threads), run = d > 1 ? d : blocks,
                        per = ceil_div(run, group);
@@ -167,23 +202,30 @@ struct KroneckerSparse {
   }
 };
 
+// body(KroneckerSparse) for the type of `x`.
+template <class Body>
+void with_kernels(DType dtype, const Context& context, const ConstArrayView& w, Body&& body) {
+#if defined(__AVX512F__)
+  if (dtype == DType::bf16 && simd_level() >= Simd::avx512bf16)
+    return body(KroneckerSparse<bfloat16, true>{context, w});
+#endif
+  dispatch_dtype(dtype,
+                 [&](auto element) { body(KroneckerSparse<decltype(element)>{context, w}); });
+}
+
 }  // namespace
 
 namespace STRUCTMAT_SIMD {
 
 void kronecker_sparse_forward(const Context& context, ConstMatrixView x, const ConstArrayView& w,
                               ConstVectorView bias, Activation activation, MatrixView y) {
-  dispatch_dtype(x.dtype, [&](auto element) {
-    using T = decltype(element);
-    KroneckerSparse<T>{context, w}.forward(x, static_cast<const T*>(bias.data), activation, y);
-  });
+  with_kernels(x.dtype, context, w,
+               [&](const auto& kernels) { kernels.forward(x, bias.data, activation, y); });
 }
 
 void kronecker_sparse_backward(const Context& context, ConstMatrixView dy, ConstMatrixView x,
                                const ConstArrayView& w, const KroneckerSparseGradients& grads) {
-  dispatch_dtype(dy.dtype, [&](auto element) {
-    KroneckerSparse<decltype(element)>{context, w}.backward(dy, x, grads);
-  });
+  with_kernels(dy.dtype, context, w, [&](const auto& kernels) { kernels.backward(dy, x, grads); });
 }
 
 }  // namespace STRUCTMAT_SIMD
