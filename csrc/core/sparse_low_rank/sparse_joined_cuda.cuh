@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = h U^T + x base^T + x S^T + bias for 16-bit types in one launch, all on tensor cores, however
-// x S^T is computed: a `Part` adds it to the sums of a tile, which a warp keeps in registers.
+// x S^T is computed: a `Part` adds it to the sums of a tile, which a warp keeps in registers. Its
+// kDense tells beside what: h U^T alone, and then x is the part's own to read, or x base^T, too.
 #pragma once
 #include "sparse_low_rank/sparse_tiles_cuda.cuh"
 
 namespace structmat::sparse_low_rank {
 
 struct JoinedProduct {
-  StridedProduct low_rank, base;  // without data, or inner = 0, where there is none
-  StridedProduct x;               // A = x, C = y, with the bias
+  StridedProduct dense[2];  // h U^T, x base^T; inner = 0 where there is none
+  StridedProduct x;         // A = x, C = y, with the bias
 };
 
 // kWay: of h and x; kWeightWay: of U and base.
@@ -29,8 +30,8 @@ __global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
   cuda::Tile tile = cuda::tile_of_block<S::kRows, S::kCols>(p, 1);
   cuda::WarpSums<S> sum = {};
   SM_ROLLED
-  for (int i = 0; i < 2; ++i) {
-    const StridedProduct& dense = i == 0 ? args.low_rank : args.base;
+  for (int i = 0; i < Part::kDense; ++i) {
+    const StridedProduct& dense = args.dense[i];
     if (dense.inner == 0) continue;
     tile.inner = dense.inner;
     cuda::add_product<T, S, kWay, kWeightWay, false>(dense, tile, shared->product, sum, thread);
@@ -79,22 +80,24 @@ void multiply_joined(const Context& context, const SparseProduct& s, const Const
   StridedProduct& p = args.x;
   p.dtype = s.y.dtype, p.batches = 1, p.rows = s.y.rows, p.cols = s.y.cols, p.inner = s.x.cols;
   p.a = rows_of(s.x), p.c = rows_of(s.y), p.bias = s.bias;
-  args.low_rank = args.base = p;
-  args.low_rank.inner = h.cols, args.low_rank.a = rows_of(h), args.low_rank.b = weight(u);
-  args.base.inner = base.data == nullptr ? 0 : s.x.cols, args.base.b = weight(base);
-
   const auto whole = [](const Operand& x) {  // or not there
     return x.data == nullptr || cuda::packs(x.data, x.col, x.row, x.batch) ||
            cuda::packs(x.data, x.row, x.col, x.batch);
   };
+  StridedProduct& low_rank = args.dense[0] = p;
+  low_rank.inner = h.cols, low_rank.a = rows_of(h), low_rank.b = weight(u);
+  bool in_packs = whole(low_rank.a) && whole(low_rank.b);
+  if constexpr (Part::kDense == 2) {
+    StridedProduct& with_base = args.dense[1] = p;
+    with_base.inner = base.data == nullptr ? 0 : s.x.cols, with_base.b = weight(base);
+    in_packs = in_packs && whole(p.a) && whole(with_base.b);
+  }
+
   using Large = typename Part::Large;
   using Small = typename Part::Small;
   constexpr cuda::Way rows = cuda::Way::rows, columns = cuda::Way::columns,
                       numbers = cuda::Way::numbers;
-  const bool plain = Part::kTurned && base.data == nullptr;  // x itself is not read
-  if (!(plain || whole(p.a)) || !whole(args.low_rank.a) || !whole(args.low_rank.b) ||
-      !whole(args.base.b))
-    return launch_joined<T, Small, numbers, numbers>(context, args, part);
+  if (!in_packs) return launch_joined<T, Small, numbers, numbers>(context, args, part);
   // Before that small tiles give more blocks; some devices have no room for large ones.
   const bool large = p.rows > 256 && sizeof(JoinedTile<T, Large, columns, columns, Part>) <=
                                          static_cast<std::size_t>(cuda::max_shared_bytes());

@@ -76,7 +76,7 @@ class RowCursors {
 struct Scattered {
   using Large = cuda::Shape<128, 128, 2, 4>;
   using Small = cuda::Shape<64, 64, 2, 2>;
-  static constexpr bool kTurned = false;
+  static constexpr int kDense = 2;
 
   SparsePatternView pattern;
   const void* values = nullptr;

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kTurnThreads)
 struct Gathered {
   using Large = cuda::Shape<128, 128, 1, 8>;
   using Small = cuda::Shape<64, 64, 1, 4>;
-  static constexpr bool kTurned = true;
+  static constexpr int kDense = 1;
   static constexpr int kStages = 3;  // steps under way
 
   SparsePatternView pattern;
