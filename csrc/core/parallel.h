@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 
+#include "ceil_div.h"
 #include "structmat/context.h"
 
 namespace structmat {
@@ -35,10 +36,6 @@ void parallel_for(const Context& context, std::int64_t tiles, Body&& body) {
     }
   }
   if (failure) std::rethrow_exception(failure);
-}
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
-  return (a + b - 1) / b;
 }
 
 }  // namespace structmat

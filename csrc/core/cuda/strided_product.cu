@@ -14,7 +14,7 @@ void multiply(const Context& context, const StridedProduct& p) {
     else
       multiply_simt<T>(context, p);
     if (p.splits == 1) return;
-    const std::int64_t blocks = tiles_of(p.batches * p.rows * p.cols, 256);
+    const std::int64_t blocks = ceil_div(p.batches * p.rows * p.cols, 256);
     STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,
                     "structmat: a gradient of more than 2^39 numbers");
     SM_LAUNCH(sum_parts_kernel<T>, dim3(static_cast<unsigned>(blocks)), 256, 0, context.stream, p);

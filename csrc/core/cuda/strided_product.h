@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ceil_div.h"
 #include "half.h"
 #include "structmat/activation.h"
 #include "structmat/context.h"
@@ -97,15 +98,14 @@ struct Split {
 };
 inline Split split_sum(std::int64_t batches, std::int64_t rows, std::int64_t cols,
                        std::int64_t inner, int multiprocessors) {
-  const auto tiles = [](std::int64_t n, std::int64_t tile) { return (n + tile - 1) / tile; };
   const std::int64_t blocks =
-      std::max<std::int64_t>(1, batches * tiles(rows, 64) * tiles(cols, 64));
-  const std::int64_t wanted = tiles(4 * std::int64_t{multiprocessors}, blocks);
+      std::max<std::int64_t>(1, batches * ceil_div(rows, 64) * ceil_div(cols, 64));
+  const std::int64_t wanted = ceil_div(4 * std::int64_t{multiprocessors}, blocks);
   const std::int64_t count =
       std::clamp<std::int64_t>(wanted, 1, std::max<std::int64_t>(1, inner / 256));
   Split split;
-  split.inner = std::max<std::int64_t>(32, tiles(tiles(inner, count), 32) * 32);
-  split.count = std::max<std::int64_t>(1, tiles(inner, split.inner));
+  split.inner = std::max<std::int64_t>(32, ceil_div(ceil_div(inner, count), 32) * 32);
+  split.count = std::max<std::int64_t>(1, ceil_div(inner, split.inner));
   return split;
 }
 

@@ -141,7 +141,7 @@ __device__ void add_product(const StridedProduct& p, const Tile& tile,
   constexpr int kThreads = S::kThreads, kA = S::kA, kB = S::kB;
   const int lane = thread % 32, warp = thread / 32;
   const int row = warp / S::kAcross * kA * 16, col = warp % S::kAcross * kB * 16;
-  const int steps = static_cast<int>(tiles_of(tile.inner, kDepth));
+  const int steps = static_cast<int>(ceil_div(tile.inner, kDepth));
   const T* const a = operand<T>(p.a, tile.batch);
   const T* const b = operand<T>(p.b, tile.batch);
   shared.at.start(p, tile, thread, kThreads);

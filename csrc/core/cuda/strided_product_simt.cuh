@@ -49,7 +49,7 @@ __device__ void add_product(const StridedProduct& p, const Tile& tile, SimtTile<
   const int row = thread / 8 * kTall, col = thread % 8 * 4;
   const T* const a = operand<T>(p.a, tile.batch);
   const T* const b = operand<T>(p.b, tile.batch);
-  const int steps = static_cast<int>(tiles_of(tile.inner, kDepth));
+  const int steps = static_cast<int>(ceil_div(tile.inner, kDepth));
 
   const auto load = [&](int step) {
     if (step < steps) {

@@ -11,10 +11,6 @@
 
 namespace structmat::cuda {
 
-constexpr std::int64_t tiles_of(std::int64_t count, std::int64_t tile) {
-  return (count + tile - 1) / tile;
-}
-
 template <class T, class Sum>
 __device__ T rounded(Sum value) {
   if constexpr (sizeof(T) == sizeof(Sum))
@@ -33,7 +29,7 @@ struct Tile {
 template <int kRows, int kCols>
 __device__ Tile tile_of_block(const StridedProduct& p, std::int64_t group) {
   const auto count = [](std::int64_t n, std::int64_t tile) {  // of fewer than 2^31 tiles in all
-    return static_cast<unsigned>(tiles_of(n, tile));
+    return static_cast<unsigned>(ceil_div(n, tile));
   };
   const unsigned cols = count(p.cols, kCols), batches = count(p.batches, group),
                  rows = count(p.rows, kRows), i = blockIdx.x / cols;
@@ -52,7 +48,7 @@ __device__ Tile tile_of_block(const StridedProduct& p, std::int64_t group) {
 template <int kRows, int kCols>
 dim3 grid_of(const StridedProduct& p, std::int64_t group) {
   const std::int64_t blocks =
-      tiles_of(p.cols, kCols) * tiles_of(p.batches, group) * tiles_of(p.rows, kRows) * p.splits;
+      ceil_div(p.cols, kCols) * ceil_div(p.batches, group) * ceil_div(p.rows, kRows) * p.splits;
   STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,
                   "structmat: a product of more than 2^31 tiles, which no launch takes");
   return dim3(static_cast<unsigned>(blocks));

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ceil_div.h"
 #include "cuda/column_sums.h"
 #include "cuda/gemm.h"
 #include "structmat/matrix.h"
@@ -29,9 +30,6 @@ struct DecodePhase {
   std::int64_t split_cols = kChunk;  // a multiple of kChunk
 };
 
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
-  return (a + b - 1) / b;
-}
 constexpr std::size_t aligned(std::size_t bytes) {
   return (bytes + 255) / 256 * 256;
 }

@@ -201,7 +201,7 @@ void multiply_few(const Context& context, const SparseProduct& p, const FewLowRa
   const std::int64_t rows = p.pattern.rows, tokens = p.x.rows;
   if (rows == 0 || tokens == 0) return;
   const low_rank::DecodePhase phase = low_rank::decode_phase(tokens, rows, p.pattern.cols, false);
-  const std::int64_t groups = low_rank::ceil_div(tokens, phase.token_group);
+  const std::int64_t groups = ceil_div(tokens, phase.token_group);
   FewArgs args;
   args.sparse = p, args.sparse_rows = phase.row_blocks;
   args.sparse_blocks = phase.row_blocks * groups;

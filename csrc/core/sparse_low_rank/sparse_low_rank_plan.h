@@ -79,7 +79,7 @@ inline Way way_of(const Product& p) {
 }
 
 constexpr std::int64_t whole_packs(std::int64_t count) {
-  return (count + 7) / 8 * 8;
+  return ceil_div(count, 8) * 8;
 }
 
 // Of Way::strips. The steps of strip s, 16 columns each, begin at (k before it) / 16 + s, where k
@@ -92,10 +92,9 @@ struct StripSpace {
 
   StripSpace() = default;
   StripSpace(const Product& p, cuda::Arena& arena) : stride(whole_packs(p.tokens)) {
-    const std::int64_t strips = (p.m + kStrip - 1) / kStrip;
+    const std::int64_t strips = ceil_div(p.m, kStrip);
     // The last strip may have fewer rows, hence more columns than entries / 16.
-    steps =
-        p.nnz / (kStrip * kStrip) + strips + (p.m % kStrip == 0 ? 0 : (p.n + kStrip - 1) / kStrip);
+    steps = p.nnz / (kStrip * kStrip) + strips + (p.m % kStrip == 0 ? 0 : ceil_div(p.n, kStrip));
     turned = arena.take<std::uint16_t>(p.n * stride);
     columns = arena.take<std::int32_t>(steps * kStrip);
     values = arena.take<std::uint16_t>(steps * kStrip * kStrip);
@@ -157,11 +156,11 @@ struct SampledSpace {
     } else {
       const std::int64_t tile = p.half() ? 128 : 32;
       const std::int64_t tiles =
-          std::max<std::int64_t>(1, (p.m + tile - 1) / tile * ((p.n + tile - 1) / tile));
+          std::max<std::int64_t>(1, ceil_div(p.m, tile) * ceil_div(p.n, tile));
       splits = std::clamp<std::int64_t>(multiprocessors / tiles, 1,
                                         std::max<std::int64_t>(1, p.tokens / 256));
-      split_inner = std::max<std::int64_t>(32, ((p.tokens + splits - 1) / splits + 31) / 32 * 32);
-      splits = std::max<std::int64_t>(1, (p.tokens + split_inner - 1) / split_inner);
+      split_inner = std::max<std::int64_t>(32, ceil_div(ceil_div(p.tokens, splits), 32) * 32);
+      splits = std::max<std::int64_t>(1, ceil_div(p.tokens, split_inner));
       if (splits > 1) partial = arena.take<unsigned char>(splits * p.nnz * p.sum_size());
     }
     bytes = arena.used();

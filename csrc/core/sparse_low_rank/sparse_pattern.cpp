@@ -136,7 +136,7 @@ void random_subsets(const Context& context, std::int64_t groups, std::int64_t co
 void sparse_transpose(const Context&, const SparsePatternView& pattern, std::int64_t* starts,
                       std::uint16_t* columns, std::int32_t* permutation) {
   const std::int64_t slabs = pattern.slabs(), groups = pattern.groups(), group = pattern.group;
-  const std::int64_t row_slabs = (pattern.rows + sparse_slab_columns - 1) / sparse_slab_columns;
+  const std::int64_t row_slabs = ceil_div(pattern.rows, sparse_slab_columns);
   check_contents(pattern);
   // Counted by (column, slab of the row), then filled row by row, so that rows ascend.
   std::vector<std::int64_t> next(static_cast<std::size_t>(pattern.cols * row_slabs + 1), 0);

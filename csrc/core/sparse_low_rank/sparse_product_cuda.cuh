@@ -39,7 +39,7 @@ struct RowOfPattern {
 
   __device__ RowOfPattern(const SparsePatternView& pattern, std::int64_t row) {
     const std::int64_t g = row / pattern.group;
-    const std::int64_t slabs = (pattern.cols + sparse_slab_columns - 1) / sparse_slab_columns;
+    const std::int64_t slabs = pattern.slabs();
     starts = g * slabs;
     first = pattern.starts[starts];
     const std::int64_t k = pattern.starts[starts + slabs] - first;
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kSparseWarps * 32, 2) sparse_product_kernel(Sp
   SM_DYNAMIC_SHARED(Shared, shared);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const std::int64_t rows = p.pattern.rows, cols = p.pattern.cols, tokens = p.x.rows;
-  const std::int64_t row_blocks = (rows + kSparseRows - 1) / kSparseRows;
+  const std::int64_t row_blocks = ceil_div(rows, kSparseRows);
   const std::int64_t token0 = blockIdx.x / row_blocks * kTokens;
   const std::int64_t row0 = blockIdx.x % row_blocks * kSparseRows;
   const auto* const columns = p.pattern.columns;
@@ -217,8 +217,8 @@ __global__ void __launch_bounds__(kSparseWarps * 32, 2) sparse_product_kernel(Sp
 
 template <class T>
 void multiply_sparse(const Context& context, const SparseProduct& p) {
-  const std::int64_t blocks = (p.pattern.rows + kSparseRows - 1) / kSparseRows *
-                              ((p.x.rows + SparseTile<T>::kTokens - 1) / SparseTile<T>::kTokens);
+  const std::int64_t blocks =
+      ceil_div(p.pattern.rows, kSparseRows) * ceil_div(p.x.rows, SparseTile<T>::kTokens);
   STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,
                   "sparse_low_rank_linear: more than 2^31 tiles, which no launch takes");
   if (blocks == 0) return;

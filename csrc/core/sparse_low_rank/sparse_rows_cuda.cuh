@@ -117,7 +117,7 @@ template <class T>
 void permute(const Context& context, const void* from, const std::int32_t* permutation,
              std::int64_t count, void* to) {
   if (count > 0)
-    SM_LAUNCH(permute_kernel<T>, blocks_of((count + kRowThreads - 1) / kRowThreads), kRowThreads, 0,
+    SM_LAUNCH(permute_kernel<T>, blocks_of(ceil_div(count, kRowThreads)), kRowThreads, 0,
               context.stream, static_cast<const T*>(from), permutation, count, static_cast<T*>(to));
 }
 template <class T>
@@ -129,8 +129,8 @@ template <class T>
 void spread_nan(const Context& context, const ConstMatrixView& x, const MatrixView& y, bool dense) {
   constexpr std::int64_t tokens = kRowThreads / 32;
   if (y.rows > 0 && y.cols > 0)
-    SM_LAUNCH(spread_kernel<T>, blocks_of((x.rows + tokens - 1) / tokens), kRowThreads, 0,
-              context.stream, x, y, dense);
+    SM_LAUNCH(spread_kernel<T>, blocks_of(ceil_div(x.rows, tokens)), kRowThreads, 0, context.stream,
+              x, y, dense);
 }
 
 }  // namespace structmat::sparse_low_rank

@@ -102,7 +102,7 @@ struct Scattered {
     static_assert(kStages == 3);
     const int lane = thread % 32, warp = thread / 32;
     const int row = warp / S::kAcross * S::kA * 16, col = warp % S::kAcross * S::kB * 16;
-    const int steps = static_cast<int>(cuda::tiles_of(tile.inner, kDepth));
+    const int steps = static_cast<int>(ceil_div(tile.inner, kDepth));
     const T* const x = cuda::operand<T>(p.a, 0);
     RowCursors<T, S::kCols, kThreads> cursors(pattern, static_cast<const T*>(values), tile.col,
                                               thread);

@@ -19,7 +19,7 @@ struct Strips {
   const void* values = nullptr;
   const std::int32_t* permutation = nullptr;  // value e is values[permutation[e]]; or none
 
-  std::int64_t count() const { return (pattern.rows + kStrip - 1) / kStrip; }
+  std::int64_t count() const { return ceil_div(pattern.rows, kStrip); }
 };
 
 struct Strip {
@@ -30,7 +30,7 @@ struct Strip {
 
   // No more steps than `space` has, whatever the index says.
   __device__ Strip(const SparsePatternView& pattern, std::int64_t strip, const StripSpace& space) {
-    const std::int64_t slabs = (pattern.cols + sparse_slab_columns - 1) / sparse_slab_columns;
+    const std::int64_t slabs = pattern.slabs();
     starts = strip * (kStrip / pattern.group) * slabs;
     first = pattern.starts[starts];
     count = static_cast<int>(pattern.starts[starts + slabs] - first);
@@ -39,7 +39,7 @@ struct Strip {
     const std::int64_t room = (space.steps - step) * kStrip;
     if (count > room) count = static_cast<int>(room > 0 ? room : 0);
   }
-  __device__ int steps() const { return (count + kStrip - 1) / kStrip; }
+  __device__ int steps() const { return static_cast<int>(ceil_div(count, kStrip)); }
 };
 
 constexpr int kTurn = 64, kTurnThreads = 256;
@@ -52,7 +52,7 @@ __device__ void turn(const ConstMatrixView& x, bool x_packs, T* turned, std::int
   struct alignas(16) Pack {
     T value[kPack];
   };
-  const std::int64_t down = (x.cols + kTurn - 1) / kTurn;
+  const std::int64_t down = ceil_div(x.cols, kTurn);
   const std::int64_t col0 = tile % down * kTurn, token0 = tile / down * kTurn;
   const T* const from = static_cast<const T*>(x.data);
   SM_ROLLED
@@ -208,7 +208,7 @@ void multiply_strips(const Context& context, const SparseProduct& p, const Strip
                      const ConstMatrixView& h, const ConstMatrixView& u, bool transposed,
                      const StripSpace& space) {
   if (p.y.rows == 0 || p.y.cols == 0) return;
-  const std::int64_t tiles = (p.x.cols + kTurn - 1) / kTurn * ((space.stride + kTurn - 1) / kTurn);
+  const std::int64_t tiles = ceil_div(p.x.cols, kTurn) * ceil_div(space.stride, kTurn);
   const std::int64_t blocks = tiles + strips.count();
   STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,
                   "sparse_low_rank_linear: more than 2^31 tiles, which no launch takes");

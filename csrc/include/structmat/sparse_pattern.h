@@ -32,8 +32,11 @@ struct SparsePatternView {
   const std::int64_t* starts = nullptr;    // (groups slabs + 1)
   const std::uint16_t* columns = nullptr;  // (starts[groups slabs])
 
-  std::int64_t slabs() const { return (cols + sparse_slab_columns - 1) / sparse_slab_columns; }
-  std::int64_t groups() const { return group == 0 ? 0 : (rows + group - 1) / group; }
+  // constexpr: nvcc takes them for kernels, too
+  constexpr std::int64_t slabs() const {
+    return (cols + sparse_slab_columns - 1) / sparse_slab_columns;
+  }
+  constexpr std::int64_t groups() const { return group == 0 ? 0 : (rows + group - 1) / group; }
 };
 
 // The same support seen from the columns, for x's gradient: `pattern` is cols x rows, and value e
