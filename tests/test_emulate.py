@@ -158,7 +158,8 @@ float expected(int, int t) {
 """
 
 
-# Hands its value to the next block, all of which must have come.
+# Hands its neighbour's value to the next block, all of which must have come. That arriving at the
+# grid's barrier were one of the block's is promised by nobody.
 TOGETHER = """
 #include "grid_barrier.h"
 #undef SM_LAUNCH
@@ -170,10 +171,12 @@ __global__ void kernel(const float* in, float* out) {
   out[block * 72 + t] = -1;
   structmat::cuda::GridBarrier barrier;
   if (ARRIVES) barrier.arrive();
+  BARRIER;
+  const float neighbour = tile[(t + 1) % 72];
   WAIT;
-  out[(block + 1) % 3 * 72 + t] = tile[t];
+  out[(block + 1) % 3 * 72 + t] = neighbour;
 }
-float expected(int block, int t) { return float((block + 2) % 3 * 72 + t); }
+float expected(int block, int t) { return float((block + 2) % 3 * 72 + (t + 1) % 72); }
 """
 
 
@@ -244,6 +247,7 @@ def test_matrix_instructions(tmp_path: Path) -> None:
 
 def test_blocks_that_wait_for_each_other(tmp_path: Path) -> None:
     wait, arrives = "-DWAIT=barrier.wait()", "-DARRIVES=true"
-    assert run(tmp_path, TOGETHER, wait, arrives).stdout == "right\n"
-    assert run(tmp_path, TOGETHER, "-DWAIT=", arrives).stdout == "wrong\n"
-    assert "deadlock" in run(tmp_path, TOGETHER, wait, "-DARRIVES=block>0").stdout
+    assert run(tmp_path, TOGETHER, BARRIER, wait, arrives).stdout == "right\n"
+    assert run(tmp_path, TOGETHER, BARRIER, "-DWAIT=", arrives).stdout == "wrong\n"
+    assert run(tmp_path, TOGETHER, "-DBARRIER=", wait, arrives).stdout == "wrong\n"
+    assert "deadlock" in run(tmp_path, TOGETHER, BARRIER, wait, "-DARRIVES=block>0").stdout

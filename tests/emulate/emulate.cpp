@@ -150,7 +150,7 @@ void leave(Fibre&, const Fibre&) {}
 // other half a warp runs ahead as far as it can, so that the others see all that it did, or
 // nothing.
 struct Grid {  // of blocks that run together
-  std::size_t blocks = 0, arrived = 0;
+  std::size_t threads = 0, arrived = 0;
 };
 
 struct Scheduler : Block {
@@ -160,8 +160,7 @@ struct Scheduler : Block {
   std::size_t left = 0;        // threads that are not done
   std::size_t at_block_barrier = 0, at_warp_barrier = 0;
   Grid* grid = nullptr;          // none where blocks run one after another
-  std::size_t arriving = 0;      // threads
-  std::vector<Thread*> waiting;  // for the other blocks
+  std::vector<Thread*> waiting;  // for the grid
   bool ahead = false;
   std::string failure;
   Fibre fibre;  // the caller's
@@ -297,7 +296,7 @@ void Scheduler::go_on(Fibre& from) {
 // Until it is done or waits for other blocks.
 void Scheduler::run_block() {
   go_on(fibre);
-  if (left > waiting.size() || (left > 0 && !failure.empty())) end_block();
+  if (left > 0 && (waiting.empty() || !failure.empty())) end_block();
 }
 
 // Ends a block that is done or cannot go on.
@@ -341,7 +340,7 @@ void Scheduler::run_grid(std::size_t shared_bytes) {
 
 // All blocks in turns, in another order each time.
 void run_together(std::vector<Scheduler>& blocks, std::size_t shared_bytes) {
-  Grid grid{blocks.size()};
+  Grid grid{blocks.size() * blocks[0].threads.size()};
   std::linear_congruential_engine<std::uint64_t, 6364136223846793005, 1442695040888963407, 0>
       random(seed);
   std::vector<std::vector<float4>> shared(blocks.size());
@@ -385,23 +384,17 @@ void run_together(std::vector<Scheduler>& blocks, std::size_t shared_bytes) {
 }  // namespace
 
 std::size_t arrive_at_grid() {
-  wait_for_block();
-  Scheduler& block = scheduler();
-  if (block.grid == nullptr) fail("a barrier of blocks that were not launched together");
-  if (!block.failure.empty()) return 0;
-  const std::size_t turn = block.grid->arrived / block.grid->blocks;
-  if (++block.arriving == block.threads.size()) ++block.grid->arrived, block.arriving = 0;
-  wait_for_block();
-  return turn;
+  Grid* grid = scheduler().grid;
+  if (grid == nullptr) return fail("a barrier of blocks that were not launched together"), 0;
+  return grid->arrived++ / grid->threads;
 }
 
 void wait_for_grid(std::size_t turn) {
   Scheduler& block = scheduler();
-  while (block.grid != nullptr && block.grid->arrived / block.grid->blocks == turn) {
+  while (block.grid != nullptr && block.grid->arrived / block.grid->threads == turn) {
     block.waiting.push_back(block.self);
     block.go_on(*block.self->fibre);
   }
-  wait_for_block();
 }
 
 void wait_for_block() {

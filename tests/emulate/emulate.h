@@ -76,7 +76,8 @@ extern unsigned seed;
 constexpr int kBallot = -1;  // as a source: bit i is set where lane i gave a one
 
 void wait_for_block();
-// Of blocks that run together: arrive gives back what wait_for_grid takes.
+// Of blocks that run together: arrive gives back what wait_for_grid takes. Threads come and go one
+// by one, all that CUDA promises, though its own code meets the block in both.
 std::size_t arrive_at_grid();
 void wait_for_grid(std::size_t turn);
 // Gives back the value of lane `source`, all ones where that lane is absent or outside the mask.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A barrier of all blocks of a launch by SM_LAUNCH_TOGETHER, in two halves: what was written before
-// any arrive() is seen after wait(). CUDA keeps its counter, one per launch, so that nothing must
-// be set to zero and launches on several streams do not meet. Each thread calls both, once.
+// any arrive() is seen after wait(). Neither half is a barrier of the block, by which shared memory
+// could be used again. CUDA keeps its counter, one per launch, so that nothing must be set to zero
+// and launches on several streams do not meet. Each thread calls both, once.
 #pragma once
 #include "cuda/device.h"
 
