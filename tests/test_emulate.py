@@ -4,6 +4,8 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 EMULATOR = Path(__file__).parent / "emulate"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+Run = Callable[..., subprocess.CompletedProcess[str]]
 ASAN = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 # Runs a kernel under four orders of its threads and compares with what CUDA would give.
@@ -180,74 +183,89 @@ float expected(int block, int t) { return float((block + 2) % 3 * 72 + (t + 1) %
 """
 
 
-def run(folder: Path, kernel: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    source, program = folder / "planted.cpp", folder / "planted"
-    source.write_text(MAIN.format(kernel=kernel))
-    options = ["-std=c++20", "-O1", "-g", "-Wall", "-Werror", "-DSTRUCTMAT_EMULATE"]
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Compiles a kernel and runs it, on an emulator that is compiled once."""
     folders = ("tests/emulate", "csrc/core/cuda", "csrc/core", "csrc/include")
-    options += [*(f"-I{EMULATOR.parents[1] / folder}" for folder in folders), *flags]
-    sources = [source, EMULATOR / "emulate.cpp"]
-    subprocess.run([COMPILER, *options, *sources, "-o", program], check=True)
-    return subprocess.run([program], capture_output=True, text=True, check=False, timeout=60)
+    options = ["-std=c++20", "-O1", "-g", "-Wall", "-Werror", "-DSTRUCTMAT_EMULATE"]
+    options += [f"-I{EMULATOR.parents[1] / folder}" for folder in folders]
+
+    @cache
+    def emulator(*sanitizer: str) -> list[Path]:
+        folder = tmp_path_factory.mktemp("emulator")
+        sources = EMULATOR / "emulate.cpp", EMULATOR / "fibre.cpp"
+        compiler = [COMPILER, *options, *sanitizer, "-c", *sources]
+        subprocess.run(compiler, check=True, cwd=folder)
+        return [folder / f"{source.stem}.o" for source in sources]
+
+    def run(kernel: str, *flags: str) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path_factory.mktemp("planted")
+        source, program = folder / "planted.cpp", folder / "planted"
+        source.write_text(MAIN.format(kernel=kernel))
+        sources = [source, *emulator(*(flag for flag in flags if flag in ASAN))]
+        subprocess.run([COMPILER, *options, *flags, *sources, "-o", program], check=True)
+        return subprocess.run([program], capture_output=True, text=True, check=False, timeout=60)
+
+    return run
 
 
 @pytest.mark.parametrize("sanitizer", [(), ASAN], ids=["plain", "asan"])
 @pytest.mark.parametrize("tile", [DYNAMIC, STATIC], ids=["dynamic", "static"])
-def test_correct_kernel(tmp_path: Path, tile: str, sanitizer: tuple[str, ...]) -> None:
-    done = run(tmp_path, ROTATE, tile, BARRIER, "-DOFFSET=0", *sanitizer)
+def test_correct_kernel(run: Run, tile: str, sanitizer: tuple[str, ...]) -> None:
+    done = run(ROTATE, tile, BARRIER, "-DOFFSET=0", *sanitizer)
     assert done.stdout == "right\n"
     assert "ERROR" not in done.stderr
 
 
 @pytest.mark.parametrize("sanitizer", [(), ASAN], ids=["plain", "asan"])
-def test_partial_and_divided_warps(tmp_path: Path, sanitizer: tuple[str, ...]) -> None:
-    done = run(tmp_path, SHUFFLE, *sanitizer)
+def test_partial_and_divided_warps(run: Run, sanitizer: tuple[str, ...]) -> None:
+    done = run(SHUFFLE, *sanitizer)
     assert done.stdout == "right\n"
     assert "ERROR" not in done.stderr
 
 
 @pytest.mark.parametrize("tile", [DYNAMIC, STATIC], ids=["dynamic", "static"])
-def test_missing_barrier(tmp_path: Path, tile: str) -> None:
-    assert run(tmp_path, ROTATE, tile, "-DBARRIER=", "-DOFFSET=0").stdout == "wrong\n"
+def test_missing_barrier(run: Run, tile: str) -> None:
+    assert run(ROTATE, tile, "-DBARRIER=", "-DOFFSET=0").stdout == "wrong\n"
 
 
 @pytest.mark.parametrize("tile", [DYNAMIC, STATIC], ids=["dynamic", "static"])
-def test_access_out_of_range_with_sanitizer(tmp_path: Path, tile: str) -> None:
-    done = run(tmp_path, ROTATE, tile, BARRIER, "-DOFFSET=1", *ASAN)
+def test_access_out_of_range_with_sanitizer(run: Run, tile: str) -> None:
+    done = run(ROTATE, tile, BARRIER, "-DOFFSET=1", *ASAN)
     assert done.returncode != 0
     assert "overflow" in done.stderr or "out of bounds" in done.stderr
     assert "planted.cpp" in done.stderr
 
 
-def test_write_past_shared_memory(tmp_path: Path) -> None:
-    done = run(tmp_path, ROTATE, DYNAMIC, BARRIER, "-DOFFSET=1")
+def test_write_past_shared_memory(run: Run) -> None:
+    done = run(ROTATE, DYNAMIC, BARRIER, "-DOFFSET=1")
     assert "wrote past its 288 bytes of shared memory" in done.stdout
 
 
-def test_shared_memory_is_poisoned_between_blocks(tmp_path: Path) -> None:
-    assert run(tmp_path, STALE).stdout == "right\n"
+def test_shared_memory_is_poisoned_between_blocks(run: Run) -> None:
+    assert run(STALE).stdout == "right\n"
 
 
-def test_divergent_barrier(tmp_path: Path) -> None:
-    assert "deadlock" in run(tmp_path, DIVERGENT).stdout
+def test_divergent_barrier(run: Run) -> None:
+    assert "deadlock" in run(DIVERGENT).stdout
 
 
-def test_shuffle_outside_its_mask(tmp_path: Path) -> None:
-    assert "mask leaves out" in run(tmp_path, OUTSIDE_MASK).stdout
+def test_shuffle_outside_its_mask(run: Run) -> None:
+    assert "mask leaves out" in run(OUTSIDE_MASK).stdout
 
 
-def test_copies_arrive_when_waited_for(tmp_path: Path) -> None:
-    assert run(tmp_path, COPY, "-DWAIT=structmat::cuda::copy_wait<0>()").stdout == "right\n"
-    assert run(tmp_path, COPY, "-DWAIT=structmat::cuda::copy_wait<1>()").stdout == "wrong\n"
+def test_copies_arrive_when_waited_for(run: Run) -> None:
+    assert run(COPY, "-DWAIT=structmat::cuda::copy_wait<0>()").stdout == "right\n"
+    assert run(COPY, "-DWAIT=structmat::cuda::copy_wait<1>()").stdout == "wrong\n"
 
 
-def test_matrix_instructions(tmp_path: Path) -> None:
-    assert run(tmp_path, MATRICES).stdout == "right\n"
+def test_matrix_instructions(run: Run) -> None:
+    assert run(MATRICES).stdout == "right\n"
 
 
-def test_blocks_that_wait_for_each_other(tmp_path: Path) -> None:
+def test_blocks_that_wait_for_each_other(run: Run) -> None:
     wait, arrives = "-DWAIT=barrier.wait()", "-DARRIVES=true"
-    assert run(tmp_path, TOGETHER, BARRIER, wait, arrives).stdout == "right\n"
-    assert run(tmp_path, TOGETHER, BARRIER, "-DWAIT=", arrives).stdout == "wrong\n"
-    assert run(tmp_path, TOGETHER, "-DBARRIER=", wait, arrives).stdout == "wrong\n"
-    assert "deadlock" in run(tmp_path, TOGETHER, BARRIER, wait, "-DARRIVES=block>0").stdout
+    assert run(TOGETHER, BARRIER, wait, arrives).stdout == "right\n"
+    assert run(TOGETHER, BARRIER, "-DWAIT=", arrives).stdout == "wrong\n"
+    assert run(TOGETHER, "-DBARRIER=", wait, arrives).stdout == "wrong\n"
+    assert "deadlock" in run(TOGETHER, BARRIER, wait, "-DARRIVES=block>0").stdout

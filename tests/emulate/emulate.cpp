@@ -14,13 +14,7 @@
 #include <thread>
 #include <vector>
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "fibre.h"
 
 namespace emulate {
 
@@ -33,52 +27,10 @@ namespace {
 
 constexpr int kPoison = 0xCD;  // fills shared memory before each block: never zero by accident
 
-// ---- Stacks ------------------------------------------------------------------------------
-#if defined(__x86_64__)
-// swapcontext asks the system for the mask of signals each time; with stacks made anew for each
-// launch that was half of the time of the emulated tests. What a function must preserve lies on the
-// stack.
-using Context = void*;  // the stack pointer
-
-__attribute__((naked, noinline)) void swap_stacks(Context*, Context) {
-  asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n"
-      "movq %rsp, (%rdi)\n"
-      "movq %rsi, %rsp\n"
-      "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp\n"
-      "ret");
-}
-void swap_contexts(Context& from, Context& to) {
-  swap_stacks(&from, to);
-}
-// As if `entry` had been called by nobody, and waited in swap_stacks.
-void make_context(Context& context, char* stack, std::size_t bytes, void (*entry)()) {
-  auto top = reinterpret_cast<std::uintptr_t>(stack + bytes) & ~std::uintptr_t{15};
-  auto* sp = reinterpret_cast<std::uintptr_t*>(top) - 8;
-  std::fill(sp, sp + 8, 0);
-  sp[6] = reinterpret_cast<std::uintptr_t>(entry);
-  context = sp;
-}
-#else
-using Context = ucontext_t;
-
-void swap_contexts(Context& from, Context& to) {
-  swapcontext(&from, &to);
-}
-void make_context(Context& context, char* stack, std::size_t bytes, void (*entry)()) {
-  getcontext(&context);
-  context.uc_stack.ss_sp = stack;
-  context.uc_stack.ss_size = bytes;
-  context.uc_link = nullptr;
-  makecontext(&context, entry, 0);
-}
-#endif
-
 #if defined(__SANITIZE_ADDRESS__)
-constexpr std::size_t kStackBytes = 256 << 10;
 constexpr std::size_t kGuardBytes = 0;  // AddressSanitizer guards the end of an allocation itself
 void poison_static_shared() {}  // ordinary globals here, so that AddressSanitizer guards them
 #else
-constexpr std::size_t kStackBytes = 64 << 10;
 constexpr std::size_t kGuardBytes = 128;
 
 // __shared__ variables are thread_local, and blocks run on a thread of their own: everything in its
@@ -113,46 +65,14 @@ void poison_static_shared() {
 }
 #endif
 
-}  // namespace
-
-struct Fibre {
-  Context context{};
-  std::unique_ptr<char[]> memory;
-  const void* stack = nullptr;
-  std::size_t bytes = 0;
-  void* fake_stack = nullptr;  // AddressSanitizer's
-};
-
-namespace {
-
-// Fibres outlive launches: making a stack costs more than most threads do. Those in `idle` wait for
-// a thread.
-std::vector<std::unique_ptr<Fibre>> fibres;
-std::vector<Fibre*> idle;
-
-#if defined(__SANITIZE_ADDRESS__)
-// AddressSanitizer must know which stack runs, and tells where the one before it lies.
-Fibre* previous = nullptr;
-void arrive(const Fibre& self) {
-  __sanitizer_finish_switch_fiber(self.fake_stack, &previous->stack, &previous->bytes);
-}
-void leave(Fibre& from, const Fibre& to) {
-  previous = &from;
-  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.bytes);
-}
-#else
-void arrive(const Fibre&) {}
-void leave(Fibre&, const Fibre&) {}
-#endif
-
 // ---- The threads of a block --------------------------------------------------------------
-// Half of the time between barriers of the block all threads that can go on do so evenly. In the
-// other half a warp runs ahead as far as it can, so that the others see all that it did, or
-// nothing.
 struct Grid {  // of blocks that run together
   std::size_t threads = 0, arrived = 0;
 };
 
+// Half of the time between barriers of the block all threads that can go on do so evenly. In the
+// other half a warp runs ahead as far as it can, so that the others see all that it did, or
+// nothing.
 struct Scheduler : Block {
   std::function<void()> body;
   std::vector<Thread> threads;
@@ -251,46 +171,26 @@ Scheduler& scheduler() {
 
 // Threads that end without a barrier take the same fibre one after another.
 void run_threads() {
-  arrive(*current->self->fibre);
+  begin(*current->self->fibre);
   for (;;) {
     scheduler().body();
     Thread& self = *current->self;
     Fibre& fibre = *self.fibre;
     scheduler().finish(self);
-    idle.push_back(&fibre);
+    put_back(fibre);
     scheduler().go_on(fibre);
   }
-}
-
-Fibre* idle_fibre() {
-  if (idle.empty()) {
-    auto fibre = std::make_unique<Fibre>();
-    // Tops of stacks a power of two apart would share few lines of the cache.
-    const std::size_t offset = fibres.size() * 9 % 64 * 64;
-    fibre->memory.reset(new char[kStackBytes]);
-    fibre->stack = fibre->memory.get();
-    fibre->bytes = kStackBytes - offset;
-    make_context(fibre->context, fibre->memory.get(), fibre->bytes, run_threads);
-    idle.push_back(fibre.get());
-    fibres.push_back(std::move(fibre));
-  }
-  Fibre* fibre = idle.back();
-  idle.pop_back();
-  return fibre;
 }
 
 // Leaves `from` for the next thread, or for the caller; returns when `from` has its turn again.
 void Scheduler::go_on(Fibre& from) {
   Fibre* to = &fibre;
   if (Thread* thread = next()) {
-    if (thread->fibre == nullptr) thread->fibre = idle_fibre();
+    if (thread->fibre == nullptr) thread->fibre = &take_fibre(run_threads);
     self = thread;
     to = thread->fibre;
   }
-  if (to == &from) return;
-  leave(from, *to);
-  swap_contexts(from.context, to->context);
-  arrive(from);
+  if (to != &from) emulate::go_on(from, *to);
 }
 
 // Until it is done or waits for other blocks.
@@ -303,8 +203,7 @@ void Scheduler::run_block() {
 void Scheduler::end_block() {
   if (failure.empty() && left > 0) failure = "deadlock at a barrier that not every thread reaches";
   if (failure.empty()) return;
-  idle.clear();  // threads are left on the others
-  fibres.clear();
+  drop_fibres();  // threads are left on some
   throw std::runtime_error("emulate: " + failure);
 }
 
