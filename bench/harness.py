@@ -52,7 +52,7 @@ def synchronize(device: str) -> None:
 def check(contenders: dict[str, Contender], reference: Any, tolerance: float) -> dict[str, float]:
     """Raises unless every answer is within `tolerance` (relative, Frobenius) of the reference.
 
-    Returns the seconds of these first calls, on the CPU a hint which contenders have no chance.
+    Returns the seconds of these first calls, cold ones.
     """
     wanted = reference if isinstance(reference, Sequence) else [reference]
     seconds = {}
@@ -93,7 +93,7 @@ def _seconds_cuda(contender: Contender, repeats: int) -> float:
     return float(begin.elapsed_time(end)) / repeats / 1e3
 
 
-def _seconds_cpu(contender: Contender, repeats: int = 1) -> float:
+def seconds_cpu(contender: Contender, repeats: int = 1) -> float:
     begin = time.perf_counter()
     for _ in range(repeats):
         contender()
@@ -119,7 +119,7 @@ def measure(
     """
     if device == "cuda":
         contenders = {name: _captured(c) for name, c in contenders.items()}
-    seconds = _seconds_cuda if device == "cuda" else _seconds_cpu
+    seconds = _seconds_cuda if device == "cuda" else seconds_cpu
     once = max(seconds(c, 2) for c in contenders.values())
     repeats = max(1, min(50, int(2e-3 / max(once, 1e-7))))
     again = device == "cpu" and repeats == 1 and not tiny
@@ -153,7 +153,7 @@ class Roofline:
 
     def _best(self, contender: Contender) -> float:
         timer = (lambda: _seconds_cuda(contender, 5)) if self.device == "cuda" else (
-            lambda: _seconds_cpu(contender)
+            lambda: seconds_cpu(contender)
         )  # fmt: skip
         return min(timer() for _ in range(2 if self.tiny else 10))
 
@@ -198,6 +198,12 @@ def geometric_mean(values: Iterable[float]) -> float:
 def summarize_ratios(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     ratios = [row["ratio"] for row in rows]
     return {"geometric_mean": geometric_mean(ratios), "least": min(ratios, default=0)}
+
+
+def picture(args: argparse.Namespace, name: str) -> Path:
+    """Where a picture goes: --out, else docs, of tiny sizes bench/out."""
+    OUT.mkdir(exist_ok=True)
+    return args.out or (OUT if args.tiny else Path("docs")) / name
 
 
 def write(args: argparse.Namespace, name: str, rows: list[dict[str, Any]], **more: Any) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """When sparsity pays: the time of sm.ops.sparse_linear and sparse_low_rank_linear over that of a
-dense layer, by density. A table, and the picture docs/sparse_low_rank.png.
+dense layer, by density. A table, and the picture docs/sparse_low_rank.png (--tiny: in bench/out).
 
 python bench/plot_sparse_low_rank.py [--panel [N ...]] [--tiny] [--out docs/sparse_low_rank.png]
 float32, two threads, 4096 x 4096; a point is the ratio of medians of alternating runs. The law:
@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from harness import OUT, measure
+from harness import OUT, measure, picture
 from torch.nn.functional import linear
 
 import structmat as sm
@@ -111,7 +111,7 @@ def main() -> None:
     )
     options.add_argument("--tiny", action="store_true", help="small sizes: does it run at all")
     options.add_argument("--panel", type=int, nargs="*", default=[0, 1, 2])
-    options.add_argument("--out", type=Path, default=Path("docs/sparse_low_rank.png"))
+    options.add_argument("--out", type=Path, help="the picture")
     args = options.parse_args()
     torch.manual_seed(0)
     measured: dict[str, Any] = json.loads(POINTS.read_text()) if POINTS.exists() else {}
@@ -131,7 +131,7 @@ def main() -> None:
     axes[0].yaxis.set_minor_formatter("")
     axes[0].plot([], [], color="0.3", ls=":", label="d / d*")
     axes[0].legend(loc="upper left")
-    figure.savefig(args.out, dpi=110)
+    figure.savefig(picture(args, "sparse_low_rank.png"), dpi=110)
 
 
 if __name__ == "__main__":

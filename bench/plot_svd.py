@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of the randomized SVD against torch.svd_lowrank and scikit-learn's randomized_svd.
 
-python bench/plot_svd.py [--tiny] [--out docs/svd.png]
+python bench/plot_svd.py [--tiny] [--out docs/svd.png]   (--tiny: bench/out/svd.png)
 Left: excess error against time as passes grow, 2048 x 2048, rank 64. Middle: time against rank,
 2048 x 2048. Right: time against size, rank 64. Singular values i^-1/2, float32, two threads; each
 point is the median of alternating runs.
@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 import torch
 from bench_svd import Factors, matrix
-from harness import measure
+from harness import measure, picture
 from sklearn.utils.extmath import randomized_svd
 
 import structmat as sm
@@ -106,7 +106,7 @@ def against(axis: Any, cases: list[tuple[int, int, int]], label: str, tiny: bool
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--tiny", action="store_true", help="small sizes: does it run at all")
-    options.add_argument("--out", type=Path, default=Path("docs/svd.png"))
+    options.add_argument("--out", type=Path, help="the picture")
     args = options.parse_args()
     torch.manual_seed(0)
     n, k = (60, 6) if args.tiny else (2048, 64)
@@ -118,7 +118,7 @@ def main() -> None:
     axes[1].set_title(f"{n} x {n}, defaults")
     against(axes[2], [(s, s, k) for s in sizes], "size", args.tiny)
     axes[2].set_title(f"rank {k}, defaults")
-    figure.savefig(args.out, dpi=110)
+    figure.savefig(picture(args, "svd.png"), dpi=110)
 
 
 if __name__ == "__main__":
