@@ -25,7 +25,7 @@ def compare(
     device: str,
     family: str = "uniform",
     *,
-    base: bool = False,
+    base: torch.dtype | None = None,
     layout: str = "contiguous",
 ) -> None:
     """The result and all gradients, twice with the same bits."""
@@ -38,7 +38,7 @@ def compare(
     x, dy = normal(T, n), normal(T, m)
     args = [x, normal(m, r, scale=0.5), normal(r, n, scale=0.5)]
     args += [normal(pattern.nnz, layout="contiguous"), normal(m, layout="contiguous")]
-    W = normal(m, n) if base else None
+    W = None if base is None else normal(m, n).to(base)
     on_host, pattern = pattern, pattern.to(device)
 
     def run() -> list[torch.Tensor]:
@@ -63,7 +63,7 @@ def compare(
 # One token, and groups of four and of eight.
 @pytest.mark.parametrize("tokens", [1, 3, 19])
 def test_few_tokens(backend: Backend, dtype: torch.dtype, tokens: int) -> None:
-    compare((tokens, 37, 41, 3), 0.1, dtype, backend.device, base=tokens == 3)
+    compare((tokens, 37, 41, 3), 0.1, dtype, backend.device, base=dtype if tokens == 3 else None)
 
 
 # A device that holds two blocks, which then take several pieces each, of h too; m below r.
@@ -87,7 +87,7 @@ def test_sparse_rows(backend: Backend, dtype: torch.dtype, family: str) -> None:
 @pytest.mark.parametrize("family", ["uniform", "vector16", "block16"])
 def test_tiles(backend: Backend, dtype: torch.dtype, family: str) -> None:
     compare((70, 66, 75, 5), 0.2, dtype, backend.device, family)
-    compare((40, 72, 48, 8), 0.3, dtype, backend.device, family, base=True)
+    compare((40, 72, 48, 8), 0.3, dtype, backend.device, family, base=dtype)
 
 
 # Strips of 16 rows, the last of fewer, some without columns; blocks for dx too. Whole packs and
@@ -112,12 +112,19 @@ def test_large_tiles_and_full_rows(backend: Backend) -> None:
 
 def test_written_weight(backend: Backend, dtype: torch.dtype) -> None:
     compare((1026, 17, 20, 3), 0.3, dtype, backend.device)
-    compare((1024, 16, 24, 8), 0.5, dtype, backend.device, "block16", base=True)
+    compare((1024, 16, 24, 8), 0.5, dtype, backend.device, "block16", base=dtype)
 
 
-@pytest.mark.parametrize("base", [False, True])
-def test_columns(backend: Backend, dtype: torch.dtype, base: bool) -> None:
+@pytest.mark.parametrize("with_base", [False, True])
+def test_columns(backend: Backend, dtype: torch.dtype, with_base: bool) -> None:
+    base = dtype if with_base else None
     compare((9, 33, 40, 5), 0.2, dtype, backend.device, "columns", base=base, layout="slice")
+
+
+# 2^23 numbers of the base are widened at a time, here 128 rows and then two.
+def test_second_block_of_a_narrow_base(backend: Backend) -> None:
+    size = 2, 130, 1 << 16, 0
+    compare(size, 2**-14, torch.float32, backend.device, "columns", base=torch.bfloat16)
 
 
 # A number that is not finite reaches every output of its token, in each of the ways.
