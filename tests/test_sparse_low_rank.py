@@ -354,7 +354,7 @@ BAD = [
     (ValueError, r"base is \(6, 4\), wanted \(4, 6\)", {"base": torch.ones(6, 4)}),
     (
         TypeError,
-        "base is torch.float64, wanted torch.float32 as x",
+        "base is torch.float64, wanted torch.float32 as x or torch.bfloat16 or torch.float16",
         {"base": torch.ones(4, 6).double()},
     ),
     (

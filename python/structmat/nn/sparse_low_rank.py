@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..linalg.svd import check_integer
+from ..ops.sparse_low_rank import check_base
 from ..sparse_pattern import SparsePattern
 from .blocks import check_dtype, check_sizes
 from .convert import dense_like, finite_weight
@@ -125,7 +126,13 @@ class SparseLowRankLinear(SparseSupport):
             self.register_parameter("bias", None)
         self.register_parameter("base", None)
         if base is not None:
-            _check_base(base, self.U, (out_features, in_features), init)
+            shape = out_features, in_features
+            check_base("SparseLowRankLinear", base, "U", self.U, shape)
+            if init != "sltrain":
+                raise ValueError(
+                    f"SparseLowRankLinear: init {init!r} splits a drawn matrix; with a base it is "
+                    "'sltrain'"
+                )
             self.base = nn.Parameter(base.detach(), requires_grad=False)
         self._take(pattern)
         self.reset_parameters()
@@ -341,21 +348,6 @@ class SparseLowRankLinear(SparseSupport):
             f"nnz={self.values.numel()}, family={self.family!r}, bias={self.bias is not None}"
             + ("" if self.base is None else f", base={self.base.dtype}")
         )
-
-
-def _check_base(base: Any, like: Tensor, shape: tuple[int, int], init: str) -> None:
-    op = "SparseLowRankLinear"
-    if not isinstance(base, Tensor):
-        raise TypeError(f"{op}: base must be a tensor, got {type(base).__name__}")
-    narrow = like.dtype == torch.float32 and base.dtype in (torch.bfloat16, torch.float16)
-    if base.dtype != like.dtype and not narrow:
-        raise TypeError(f"{op}: base is {base.dtype}, which does not go with {like.dtype}")
-    if tuple(base.shape) != shape or base.device != like.device:
-        raise ValueError(
-            f"{op}: base is {tuple(base.shape)} on {base.device}, wanted {shape} on {like.device}"
-        )
-    if init != "sltrain":
-        raise ValueError(f"{op}: init {init!r} splits a drawn matrix; with a base it is 'sltrain'")
 
 
 def _check_rank(op: str, rank: int, m: int, n: int) -> None:

@@ -43,24 +43,24 @@ def autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
     ]
 
 
-def check_tensors(op: str, given: dict[str, Any]) -> None:
-    """Raises unless all are dense, of the dtype and device of the first, which has columns."""
+def check_tensors(op: str, given: dict[str, Any], *, narrow: bool = False) -> None:
+    """Raises unless all are dense, of the dtype and device of the first, which has columns.
+
+    narrow: beside a first one in float32 the others may also be in bfloat16 or float16.
+    """
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{op}: {name} must be dense, got layout {tensor.layout}")
     first, x = next(iter(given.items()))
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: {first} is {x.dtype}, wanted one of {', '.join(map(str, DTYPES))}")
+    others = (torch.bfloat16, torch.float16) if narrow and x.dtype == torch.float32 else ()
     for name, tensor in given.items():
-        if tensor.dtype not in DTYPES or tensor.dtype != x.dtype:
-            raise TypeError(
-                f"{op}: {name} is {tensor.dtype}, wanted "
-                + (
-                    "one of " + ", ".join(map(str, DTYPES))
-                    if tensor is x
-                    else f"{x.dtype} as {first}"
-                )
-            )
+        if tensor.dtype not in (x.dtype, *others):
+            wanted = " or ".join([f"{x.dtype} as {first}", *map(str, others)])
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, wanted {wanted}")
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {x.device}")
     if x.dim() < 1:

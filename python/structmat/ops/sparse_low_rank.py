@@ -239,8 +239,6 @@ def _check(
     if bias is not None:
         given["bias"] = bias
     check_tensors(op, given)
-    if base is not None:
-        _check_base(op, x, base)
     _check_pattern(op, "x", x, pattern)
     m, n = pattern.shape
     if x.shape[-1] != n:
@@ -262,22 +260,18 @@ def _check(
         )
     check_bias(op, bias, m)
     if base is not None:
-        if tuple(base.shape) != (m, n):
-            raise ValueError(f"{op}: base is {tuple(base.shape)}, wanted ({m}, {n})")
+        check_base(op, base, "x", x, (m, n))
         if base.requires_grad:
             raise ValueError(
                 f"{op}: base is frozen and cannot require a gradient; give base.detach()"
             )
 
 
-def _check_base(op: str, x: Tensor, base: Any) -> None:
-    narrow = isinstance(base, Tensor) and base.dtype in (torch.bfloat16, torch.float16)
-    if not narrow or x.dtype != torch.float32:
-        check_tensors(op, {"x": x, "base": base})
-    elif base.layout != torch.strided:
-        raise TypeError(f"{op}: base must be dense, got layout {base.layout}")
-    elif base.device != x.device:
-        raise ValueError(f"{op}: base is on {base.device}, x on {x.device}")
+def check_base(op: str, base: Any, name: str, other: Tensor, shape: tuple[int, int]) -> None:
+    """Raises unless it is a base of this shape that may stand beside the tensor of that name."""
+    check_tensors(op, {name: other, "base": base}, narrow=True)
+    if tuple(base.shape) != shape:
+        raise ValueError(f"{op}: base is {tuple(base.shape)}, wanted {shape}")
 
 
 def _check_sampled(dy: Any, x: Any, pattern: Any) -> None:
