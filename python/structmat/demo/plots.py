@@ -18,34 +18,20 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
+from structmat.demo.methods import METHODS
 from structmat.demo.run import Demo, Result
 
 # Placeholders that become CSS variables: no plot uses these near-blacks otherwise.
 _INK, _MUTED, _GRID, _PAPER = "#010101", "#020202", "#030303", "#040404"
-_METHODS = {
-    "svd": "#0a0101",
-    "fisher": "#0a0202",
-    "monarch": "#0a0505",
-    "sparse": "#0a0606",
-    "whitened": "#0a0303",
-    "global": "#0a0404",
-}
+_COLOURS = {method: f"#0a0{i}0{i}" for i, method in enumerate(METHODS, 1)}
 _DEPTH = [f"#0b0{i}0{i}" for i in range(1, 7)]
 _VARIABLES = {
     _INK: "--ink",
     _MUTED: "--muted",
     _GRID: "--rule",
     _PAPER: "--paper",
-    **{colour: f"--{method}" for method, colour in _METHODS.items()},
+    **{colour: f"--{method}" for method, colour in _COLOURS.items()},
     **{colour: f"--depth-{i}" for i, colour in enumerate(_DEPTH)},
-}
-_MARKERS = {
-    "svd": "s",
-    "fisher": "^",
-    "monarch": "P",
-    "sparse": "X",
-    "whitened": "D",
-    "global": "o",
 }
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -101,8 +87,8 @@ def _line(axes: Axes, method: str, label: str, x: list[float], y: list[float]) -
     axes.plot(
         x,
         y,
-        color=_METHODS[method],
-        marker=_MARKERS[method],
+        color=_COLOURS[method],
+        marker=METHODS[method].marker,
         markeredgecolor=_PAPER,
         label=label,
         zorder=4 if method == "global" else 3,
@@ -210,7 +196,7 @@ def _rank_grid(axes: Axes, result: Result, kinds: list[str], depths: list[int]) 
             [x - 0.47, x + 0.47],
             y - 0.45,
             y + 0.45,
-            color=_METHODS["global"],
+            color=_COLOURS["global"],
             alpha=0.65 * share,
             lw=0,
         )
@@ -289,8 +275,8 @@ def _errors(demo: Demo) -> Figure | None:
         predicted, measured = zip(*pairs, strict=True)
         values += [*predicted, *measured]
         style: Any = {
-            "marker": _MARKERS[method],
-            "color": _METHODS[method],
+            "marker": METHODS[method].marker,
+            "color": _COLOURS[method],
             "linestyle": "",
             "markersize": 5,
             "markeredgewidth": 0,

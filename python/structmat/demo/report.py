@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from structmat.demo.methods import METHODS
 from structmat.demo.plots import all_plots
 from structmat.demo.run import Demo, Result
 
@@ -36,6 +37,7 @@ def html(demo: Demo) -> str:
     plots = {name: Markup(svg) for name, svg in all_plots(demo).items()}
     return template.render(
         demo=demo,
+        methods=METHODS,
         headline=headline(demo),
         best=_best(demo),
         summary=summary(demo),

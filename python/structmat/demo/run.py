@@ -17,24 +17,8 @@ import structmat as sm
 from structmat.compress.compress import compress_each
 from structmat.demo import encoder, measure
 from structmat.demo.data import docstring_pairs
+from structmat.demo.methods import METHODS
 
-#: What is compared, the best last. Uniform ranks are nested: one file serves every smaller size.
-#: Monarch layers are not, and their projection takes 20 s: they are shown at one size. So are
-#: sparse plus low-rank ones, on every third batch: all of them and 40 iterations, the default,
-#: would take more than a minute instead of half of one.
-METHODS: dict[str, dict[str, Any]] = {
-    "svd": {"label": "plain SVD", "options": {"method": "svd"}},
-    "fisher": {"label": "Fisher SVD", "options": {"method": "fisher"}},
-    "monarch": {"label": "Monarch", "options": {"method": "monarch"}, "once": True},
-    "sparse": {
-        "label": "sparse + low rank, 8 steps",
-        "options": {"method": "sparse_low_rank", "iterations": 8},
-        "once": True,
-        "every": 3,
-    },
-    "whitened": {"label": "whitened, uniform", "options": {"method": "whitened"}},
-    "global": {"label": "whitened, global", "options": {"method": "whitened", "ranks": "global"}},
-}
 _LAYER_FIGURES = (
     "name",
     "kind",
@@ -67,7 +51,7 @@ class Plan:
 
     def sizes(self, method: str) -> list[float]:
         """Kept shares a method is shown at, the largest first: its file may serve the smaller."""
-        if METHODS[method].get("once"):
+        if METHODS[method].once:
             return [min(self.keeps, key=lambda keep: abs(keep - 0.5))]
         return sorted(self.keeps, reverse=True)
 
@@ -167,7 +151,7 @@ def run(plan: Plan, on_step: Callable[[str, int, int], None] = lambda *_: None) 
         results = []
         for method in plan.methods:
             for keep in plan.sizes(method):
-                with steps(f"{METHODS[method]['label']}, keep {keep:g}"):
+                with steps(f"{METHODS[method].label}, keep {keep:g}"):
                     results.append(bench.result(method, keep))
         bench.time_all(original, results, steps)
     return Demo(
@@ -265,7 +249,7 @@ class _Bench:
         removed = _parameters(self._model) - parameters
         return Result(
             method=method,
-            label=METHODS[method]["label"],
+            label=METHODS[method].label,
             keep=keep,
             kept=1 - removed / self._dense_parameters,
             parameters=parameters,
@@ -297,9 +281,9 @@ class _Bench:
         """A model, and the report where it was not taken out of a larger file."""
         if method in self._largest and method not in self._sizes:
             return sm.load_pretrained(self._largest[method], keep=keep).eval(), None
-        options = dict(METHODS[method]["options"])
+        options = dict(METHODS[method].options)
         options |= {"seed": self._plan.seed, "filter": "encoder.*"}  # embeddings know no pooler
-        options["calibration"] = self._batches[:: METHODS[method].get("every", 1)]
+        options["calibration"] = self._batches[:: METHODS[method].every]
         if method == "fisher":
             options |= {"objective": contrastive_loss, "calibration": self._paired_batches}
         if options.pop("ranks", "uniform") == "global":
