@@ -173,9 +173,9 @@ struct Factor {
     return {*this, to, b0, false};
   }
 
-  // Whether few rows are multiplied by weights as they lie.
+  // Whether few rows are multiplied by weights as they lie, or by a widened copy of whole lines.
   bool reads_few(std::int64_t step) const {
-    return in_place || (step == 1 && depth.contiguous() && width.regular());
+    return width.contiguous() || (step == 1 && depth.contiguous() && width.regular());
   }
 
   // Fetches the weights of block b, where they lie together: short rows are no stream that the

@@ -104,7 +104,9 @@ struct Monarch {
 
   // Each phase is done for all of a tile's tokens before the next. Few tokens: threads share the
   // parts, and a part's weights meet all tiles.
-  bool is_few(std::int64_t tokens) const { return tokens < thread_count(context) * kTokenTile / 2; }
+  bool is_few(std::int64_t tokens) const {
+    return tokens <= thread_count(context) * kTokenTile / 2;
+  }
   template <class... Phases>
   void run(std::int64_t tokens, const Phases&... phases) const {
     const LaneTiles tiles(tokens, is_few(tokens) ? 1 : thread_count(context), w);
