@@ -121,6 +121,13 @@ def test_several_tiles(size, number: torch.dtype) -> None:
     check(arguments(size, number, "cpu", requires_grad=True), number, terms(size))
 
 
+@pytest.mark.parametrize("tokens", [6, 7, 16, 31, 33, 49, 64, 97])
+@pytest.mark.parametrize("factor", [(5, 18, 21, 1), (2, 9, 7, 19)], ids=str)
+def test_tokens_that_make_no_whole_pairs(tokens: int, factor) -> None:
+    size = (tokens, [factor])
+    check(arguments(size, torch.bfloat16, "cpu", requires_grad=True), torch.bfloat16, terms(size))
+
+
 @pytest.mark.parametrize("size", [(19, (3, 5, 4)), (2, (4, 3, 7))], ids=str)
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu"])
 def test_block_diagonal(

@@ -107,6 +107,13 @@ def test_several_tiles_in_other_types_and_orders(size) -> None:
     compare(size, torch.float16, "cpu", output="interleaved")
 
 
+@pytest.mark.parametrize("tokens", [6, 7, 16, 31, 33, 49, 64, 97])
+@pytest.mark.parametrize("output", ["blocked", "interleaved"])
+def test_tokens_that_make_no_whole_pairs(tokens: int, output: str) -> None:
+    """Sums over tokens that bfloat16 takes two at a time, from different vectors."""
+    compare((tokens, 3, 4, 2, 21, 18), torch.bfloat16, "cpu", output=output)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def test_activations(backend: Backend, dtype: torch.dtype, activation: str, bias: bool) -> None:
