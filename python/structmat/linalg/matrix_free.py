@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import operands
@@ -133,6 +134,21 @@ def _check_csr(A: Tensor) -> None:
         )
     except RuntimeError as error:
         raise ValueError(f"{_OP}: A is no valid CSR tensor: {error}") from error
+
+
+def of_one_length(group: Any, ranks: Callable[[], list[Any]]) -> list[Any]:
+    """``ranks()``, one for each matrix of a list. Raises on every rank if lists differ in length:
+    otherwise they would wait for ever."""
+    found = together(_OP, group, ranks)
+    if isinstance(group, dist.ProcessGroup):
+        every = gathered(group, len(found))
+        for other, count in enumerate(every):
+            if count != every[0]:
+                raise ValueError(
+                    f"{_OP}: A is a list of {every[0]} matrices on rank 0 of the group and of "
+                    f"{count} on {other}"
+                )
+    return found
 
 
 def _require_same(group: Any, A: Any, *arguments: Any) -> None:
