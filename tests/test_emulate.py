@@ -161,8 +161,8 @@ float expected(int, int t) {
 """
 
 
-# Hands its neighbour's value to the next block, all of which must have come. That arriving at the
-# grid's barrier were one of the block's is promised by nobody.
+# Hands its neighbour's value to the next block, all of which must have come. Nothing promises that
+# arriving at the grid's barrier, or leaving it, is a barrier of the block as well.
 TOGETHER = """
 #include "grid_barrier.h"
 #undef SM_LAUNCH
@@ -180,6 +180,30 @@ __global__ void kernel(const float* in, float* out) {
   out[(block + 1) % 3 * 72 + t] = neighbour;
 }
 float expected(int block, int t) { return float((block + 2) % 3 * 72 + (t + 1) % 72); }
+"""
+
+
+# Reads what all of the block wrote and then writes there; between the two the threads only leave the
+# grid's barrier, where some come late to the reading.
+COME_AND_GO = """
+#include "grid_barrier.h"
+#undef SM_LAUNCH
+#define SM_LAUNCH SM_LAUNCH_TOGETHER
+__global__ void kernel(const float* in, float* out) {
+  SM_DYNAMIC_SHARED(float, tile);
+  const unsigned t = threadIdx.x, block = blockIdx.x;
+  tile[t] = in[block * 72 + t];
+  __syncthreads();
+  structmat::cuda::GridBarrier barrier;
+  barrier.arrive();
+  float sum = 0;
+  for (int i = 0; i < 72; ++i) sum += tile[i];
+  barrier.wait();
+  BARRIER;
+  tile[t] = -1;
+  out[block * 72 + t] = sum;
+}
+float expected(int block, int) { return float(block * 72 * 72 + 72 * 71 / 2); }
 """
 
 
@@ -269,3 +293,5 @@ def test_blocks_that_wait_for_each_other(run: Run) -> None:
     assert run(TOGETHER, BARRIER, "-DWAIT=", arrives).stdout == "wrong\n"
     assert run(TOGETHER, "-DBARRIER=", wait, arrives).stdout == "wrong\n"
     assert "deadlock" in run(TOGETHER, BARRIER, wait, "-DARRIVES=block>0").stdout
+    assert run(COME_AND_GO, BARRIER).stdout == "right\n"
+    assert run(COME_AND_GO, "-DBARRIER=").stdout == "wrong\n"

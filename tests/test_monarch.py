@@ -86,6 +86,22 @@ def test_interleaved_output(backend: Backend, dtype: torch.dtype, size) -> None:
     compare(size, dtype, backend.device, output="interleaved")
 
 
+@pytest.mark.parametrize("size", [(3, 3, 4, 2, 5, 1), (3, 1, 4, 1, 5, 7), (9, 3, 4, 2, 5, 1)])
+@pytest.mark.parametrize("output", ["blocked", "interleaved"])
+def test_gradient_of_x_alone(
+    backend: Backend, dtype: torch.dtype, size: tuple[int, ...], output: str
+) -> None:
+    """With frozen factors whose columns lie together in more than one way."""
+    x, *frozen = arguments(size, dtype, backend.device)
+    x.requires_grad_()
+    y = sm.ops.monarch_linear(x, *frozen, output=output)
+    dy = make(*y.shape, dtype=dtype, device=backend.device)
+    found = torch.autograd.grad(y, x, dy)[0]
+    exact = lambda *a: reference.monarch_linear(*a, output=output)  # noqa: E731
+    want = gradients(exact, [x, *frozen], dy)[1][0]
+    assert_close(found, want, dtype, terms=terms(size), scale=_scale(want))
+
+
 @pytest.mark.parametrize("size", [(2, 3, 4, 2, 5, 6), (37, 3, 2, 9, 17, 33)], ids=str)
 @pytest.mark.parametrize("output", ["blocked", "interleaved"])
 def test_hidden_units_that_are_kept(

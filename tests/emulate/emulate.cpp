@@ -196,7 +196,7 @@ void Scheduler::go_on(Fibre& from) {
 // Until it is done or waits for other blocks.
 void Scheduler::run_block() {
   go_on(fibre);
-  if (left > 0 && (waiting.empty() || !failure.empty())) end_block();
+  if (!failure.empty() || (left > 0 && waiting.empty())) end_block();
 }
 
 // Ends a block that is done or cannot go on.
@@ -283,9 +283,13 @@ void run_together(std::vector<Scheduler>& blocks, std::size_t shared_bytes) {
 }  // namespace
 
 std::size_t arrive_at_grid() {
-  Grid* grid = scheduler().grid;
+  Scheduler& block = scheduler();
+  Grid* grid = block.grid;
   if (grid == nullptr) return fail("a barrier of blocks that were not launched together"), 0;
-  return grid->arrived++ / grid->threads;
+  const std::size_t turn = grid->arrived++ / grid->threads;
+  block.add(*block.self, block.ready.size());  // others may come first
+  block.go_on(*block.self->fibre);
+  return turn;
 }
 
 void wait_for_grid(std::size_t turn) {

@@ -31,7 +31,7 @@ struct KroneckerSparse {
     static thread_local Scratch weights_memory, x_memory;
     const std::int64_t blocks = a * d, tokens = x.rows, threads = thread_count(context);
     if (blocks == 0) return;
-    const bool few = tokens < threads * kTokenTile / 2;  // threads share the blocks
+    const bool few = tokens <= threads * kTokenTile / 2;  // threads share the blocks
     out.neighbours = std::clamp<std::int64_t>(
         std::min(neighbours_of(f), few ? blocks / (4 * threads) : blocks), 1, blocks);
     const std::int64_t groups = out.groups(blocks),

@@ -216,7 +216,7 @@ struct Monarch {
                       std::int64_t tokens, std::int64_t b0, std::int64_t b1,
                       const Hidden<S>& to) const {
     static thread_local Scratch weights_memory, z_memory;
-    const auto ready = f.ready(b0, b1, tokens, weights_memory);
+    const auto ready = f.ready(b0, b1, from.step == 1 ? tokens : kFewRows + 1, weights_memory);
     const std::int64_t step = round_up(f.width.size, w), ldz = (b1 - b0) * step;
     S* const z = z_memory.get<S>(kFewRows * ldz);
     for_row_blocks(tokens, [&](std::int64_t r0, int count) {

@@ -60,7 +60,8 @@ void launch_joined(const Context& context, const JoinedProduct& args, const Part
             args, part, cuda::packs(p.c.data, p.c.col, p.c.row, p.c.batch));
 }
 
-// y = h u^T + x base^T + part + bias. `transposed`: u and base are given as their transposes.
+// y = h u^T + x base^T + part + bias. `transposed`: u and base are given as their transposes. Only
+// a part beside two products takes a base.
 template <class T, class Part>
 void multiply_joined(const Context& context, const SparseProduct& s, const ConstMatrixView& h,
                      const ConstMatrixView& u, const ConstMatrixView& base, bool transposed,

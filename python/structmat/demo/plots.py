@@ -23,7 +23,7 @@ from structmat.demo.run import Demo, Result
 
 # Placeholders that become CSS variables: no plot uses these near-blacks otherwise.
 _INK, _MUTED, _GRID, _PAPER = "#010101", "#020202", "#030303", "#040404"
-_COLOURS = {method: f"#0a0{i}0{i}" for i, method in enumerate(METHODS, 1)}
+_COLOURS = {method: f"#0a{i:02x}{i:02x}" for i, method in enumerate(METHODS, 1)}
 _DEPTH = [f"#0b0{i}0{i}" for i in range(1, 7)]
 _VARIABLES = {
     _INK: "--ink",
