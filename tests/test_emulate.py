@@ -183,8 +183,8 @@ float expected(int block, int t) { return float((block + 2) % 3 * 72 + (t + 1) %
 """
 
 
-# Reads what all of the block wrote and then writes there; between the two the threads only leave the
-# grid's barrier, where some come late to the reading.
+# Reads what all of the block wrote and then writes there; between the two the threads only leave
+# the grid's barrier, before which some come late to the reading.
 COME_AND_GO = """
 #include "grid_barrier.h"
 #undef SM_LAUNCH

@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_gradient_of_x_alone(
     y = sm.ops.monarch_linear(x, *frozen, output=output)
     dy = make(*y.shape, dtype=dtype, device=backend.device)
     found = torch.autograd.grad(y, x, dy)[0]
-    exact = lambda *a: reference.monarch_linear(*a, output=output)  # noqa: E731
+    exact = partial(reference.monarch_linear, output=output)
     want = gradients(exact, [x, *frozen], dy)[1][0]
     assert_close(found, want, dtype, terms=terms(size), scale=_scale(want))
 
@@ -171,17 +172,18 @@ def test_only_the_gradients_asked_for(
     backend: Backend, wanted: tuple[bool, ...], keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sm.ops.monarch, "_keeps_hidden", lambda x, W1: keep)
-    args = arguments((9, 2, 3, 2, 5, 4), torch.float64, backend.device)
-    for a, need in zip(args, wanted, strict=True):
-        a.requires_grad_(need)
-    y = sm.ops.monarch_linear(*args)
-    dy = make(*y.shape, dtype=torch.float64, device=backend.device)
-    y.backward(dy)
-    _, want = gradients(reference.monarch_linear, args, dy)
-    for a, b, need in zip(args, want, wanted, strict=True):
-        assert (a.grad is not None) == need
-        if need:
-            assert_close(a.grad, b, torch.float64, terms=30)
+    for tokens, output in ((9, "blocked"), (3, "blocked"), (3, "interleaved")):
+        args = arguments((tokens, 2, 3, 2, 5, 4), torch.float64, backend.device)
+        for a, need in zip(args, wanted, strict=True):
+            a.requires_grad_(need)
+        y = sm.ops.monarch_linear(*args, output=output)
+        dy = make(*y.shape, dtype=torch.float64, device=backend.device)
+        y.backward(dy)
+        exact = partial(reference.monarch_linear, output=output)
+        for a, b, need in zip(args, gradients(exact, args, dy)[1], wanted, strict=True):
+            assert (a.grad is not None) == need
+            if need:
+                assert_close(a.grad, b, torch.float64, terms=30)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -275,7 +277,12 @@ def test_error_of_half_precision(backend: Backend, half: torch.dtype, size) -> N
 
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, threads: int) -> None:
     # Few tokens and many, few blocks and many.
-    for size in [(1, 16, 16, 2, 32, 32), (9, 2, 3, 40, 150, 90), (700, 8, 4, 4, 16, 24)]:
+    for size in [
+        (1, 16, 16, 2, 32, 32),
+        (9, 2, 3, 40, 150, 90),
+        (700, 8, 4, 4, 16, 24),
+        (333, 64, 64, 1, 8, 8),  # several chunks of gradients
+    ]:
         args = arguments(size, dtype, "cpu", requires_grad=True)
         dy = make(size[0], size[2] * size[5], dtype=dtype)
         results = []

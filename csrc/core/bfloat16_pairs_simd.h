@@ -51,16 +51,10 @@ inline Vec<float> round_to_bfloat16(Vec<float> v) {
   return reinterpret_cast<Vec<float>>(top & 0xffff0000);
 }
 
-// Lane by lane the word (low, high) of numbers that are rounded already, and back.
+// Lane by lane the word (low, high) of numbers that are rounded already.
 inline Vec<float> pair_words(Vec<float> low, Vec<float> high) {
   return reinterpret_cast<Vec<float>>(reinterpret_cast<WordBits>(low) >> 16 |
                                       (reinterpret_cast<WordBits>(high) & 0xffff0000));
-}
-inline Vec<float> low_of(Vec<float> words) {
-  return reinterpret_cast<Vec<float>>(reinterpret_cast<WordBits>(words) << 16);
-}
-inline Vec<float> high_of(Vec<float> words) {
-  return reinterpret_cast<Vec<float>>(reinterpret_cast<WordBits>(words) & 0xffff0000);
 }
 
 // Lines of numbers (depth, ld), rounded already, as words (depth / 2 rounded up, lanes).

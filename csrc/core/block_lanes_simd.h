@@ -325,7 +325,7 @@ inline void finish_streams() {
 #endif
 }
 
-// A block's inputs as words, line by line: those of the tokens, lines `ld` apart.
+// A block's inputs: line p, `ld` from the one before, has word p of all tokens side by side.
 template <class S>
 struct Panel {
   const S* data;

@@ -48,10 +48,12 @@ struct KroneckerSparse {
       if (tokens > kFewRows) {
         LaneWeights<S, T, kPairs> lanes(f.data, f.block, f.depth, f.width);
         lanes.prepare(context, weights_memory);
+        const LaneTiles tiles(tokens, few ? 1 : threads, w);
         if (few)
-          return share_groups(
-              [&](const auto& range) { in_lanes(lanes, from, x, 0, tokens, out, range); });
-        const LaneTiles tiles(tokens, threads, w);
+          return share_groups([&](const auto& range) {
+            for (std::int64_t i = 0; i < tiles.count; ++i)
+              in_lanes(lanes, from, x, tiles.first(i), tiles.first(i + 1), out, range);
+          });
         return parallel_for(context, tiles.count, [&](std::int64_t tile) {
           for (std::int64_t g = 0; g < groups; ++g)
             in_lanes(lanes, from, x, tiles.first(tile), tiles.first(tile + 1), out,

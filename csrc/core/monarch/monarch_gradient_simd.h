@@ -26,8 +26,10 @@ void Monarch<T, kPairs>::backward_of_few(ConstMatrixView dy, ConstMatrixView x,
                                          const MonarchGradients& grads) const {
   static thread_local Scratch dy_memory, x_memory, g_memory, h_memory;
   const std::int64_t tokens = dy.rows, cols = dy.cols;
-  const bool want_x = grads.x.data != nullptr;
-  const WideRows<S, T> left(dy, 0, tokens, dy_memory), right(x, 0, tokens, x_memory);
+  const bool want_x = grads.x.data != nullptr,
+             reads_x = grads.w1 != nullptr || grads.w2 != nullptr;  // else it may have no data
+  const WideRows<S, T> left(dy, 0, tokens, dy_memory),
+      right(reads_x ? x : ConstMatrixView(), 0, reads_x ? tokens : 0, x_memory);
   if (want_x || grads.w1 != nullptr) {
     const Hidden<S> g = hidden_of_few<false>(t2(), left, of_dy(), tokens, g_memory);
     if (want_x) second_of_few(t1(), g, tokens, {grads.x, s.I, 1});

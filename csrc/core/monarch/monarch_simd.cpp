@@ -7,7 +7,7 @@
 namespace structmat {
 namespace {
 
-// f(Monarch) for the type of `x`.
+// body(Monarch) for the dtype.
 template <class Body>
 void with_kernels(DType dtype, const Context& context, const MonarchWeights& weights, Body&& body) {
 #if defined(__AVX512F__)
