@@ -225,6 +225,26 @@ void copy_blocks(const ConstMatrixView& x, std::int64_t t0, std::int64_t t1, con
   }
 }
 
+// to[c] = sum over t of x[t,c]. Blocks of tokens are summed apart: the rounding grows with their
+// number's square root.
+template <class S, class T>
+void column_sums(const Context& context, ConstMatrixView x, T* to) {
+  constexpr std::int64_t kColumns = 128, kTokens = 256, w = kLanes<S>;
+  parallel_for(context, ceil_div(x.cols, kColumns), [&](std::int64_t task) {
+    static thread_local Scratch memory;
+    const std::int64_t first = task * kColumns, cols = std::min(kColumns, x.cols - first),
+                       ld = round_up(cols, w);
+    S* const block = memory.get<S>((kTokens + 2) * ld + w);
+    S* const sums = block + (kTokens + 1) * ld;
+    for (std::int64_t t = 0; t < x.rows || t == 0; t += kTokens) {
+      const std::int64_t end = std::min(t + kTokens, x.rows);
+      copy_blocks<S, T>(x, t, end, Columns{1, 1, 0, 1}, first, first + 1, cols, block);
+      add_columns(block, end - t, ld, sums, t == 0);
+    }
+    convert(sums, to + first, cols);
+  });
+}
+
 // The gradients of the weights (rows, width) of blocks, over a chunk of tokens at a time: sums over
 // tokens of a's row times x's width. `totals` (blocks, total_rows, width rounded up) are begun with
 // the first chunk, column sums of x likewise where wanted. kPairs: by the machine's own products of

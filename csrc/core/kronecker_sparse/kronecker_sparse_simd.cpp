@@ -150,7 +150,7 @@ struct KroneckerSparse {
                                                             static_cast<T*>(grads.w));
     else if (grads.w != nullptr)
       gradient_of_weights(dy, x, static_cast<T*>(grads.w));
-    if (grads.bias.data != nullptr) column_sums(dy, static_cast<T*>(grads.bias.data));
+    if (grads.bias.data != nullptr) column_sums<S>(context, dy, static_cast<T*>(grads.bias.data));
   }
 
   void gradient_of_weights(ConstMatrixView dy, ConstMatrixView x, T* to) const {
@@ -183,24 +183,6 @@ struct KroneckerSparse {
         }
       });
     }
-  }
-
-  // Blocks of tokens are summed apart: the rounding grows with their number's square root.
-  void column_sums(ConstMatrixView dy, T* to) const {
-    constexpr std::int64_t kColumns = 128, kTokens = 256;
-    parallel_for(context, ceil_div(dy.cols, kColumns), [&](std::int64_t task) {
-      static thread_local Scratch memory;
-      const std::int64_t first = task * kColumns, cols = std::min(kColumns, dy.cols - first),
-                         ld = round_up(cols, w);
-      S* const block = memory.get<S>((kTokens + 2) * ld + w);
-      S* const sums = block + (kTokens + 1) * ld;
-      for (std::int64_t t = 0; t < dy.rows || t == 0; t += kTokens) {
-        const std::int64_t end = std::min(t + kTokens, dy.rows);
-        copy_blocks<S, T>(dy, t, end, Columns{1, 1, 0, 1}, first, first + 1, cols, block);
-        add_columns(block, end - t, ld, sums, t == 0);
-      }
-      convert(sums, to + first, cols);
-    });
   }
 };
 

@@ -25,7 +25,7 @@ template <class T, bool kPairs>
 void Monarch<T, kPairs>::backward_of_few(ConstMatrixView dy, ConstMatrixView x,
                                          const MonarchGradients& grads) const {
   static thread_local Scratch dy_memory, x_memory, g_memory, h_memory;
-  const std::int64_t tokens = dy.rows, cols = dy.cols;
+  const std::int64_t tokens = dy.rows;
   const bool want_x = grads.x.data != nullptr,
              reads_x = grads.w1 != nullptr || grads.w2 != nullptr;  // else it may have no data
   const WideRows<S, T> left(dy, 0, tokens, dy_memory),
@@ -45,11 +45,7 @@ void Monarch<T, kPairs>::backward_of_few(ConstMatrixView dy, ConstMatrixView x,
                   static_cast<T*>(grads.w2) + j * s.L * s.S, s.S, 0, s.L);
     });
   }
-  for (std::int64_t c = 0; grads.bias.data != nullptr && c < cols; ++c) {
-    S sum{0};
-    for (std::int64_t t = 0; t < tokens; ++t) sum += left.data[t * left.stride + c];
-    convert(&sum, static_cast<T*>(grads.bias.data) + c, 1);
-  }
+  if (grads.bias.data != nullptr) column_sums<S>(context, dy, static_cast<T*>(grads.bias.data));
 }
 
 template <class T, bool kPairs>
