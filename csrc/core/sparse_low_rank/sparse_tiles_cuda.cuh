@@ -181,7 +181,7 @@ void sample(const Context& context, const ConstMatrixView& dy, const ConstMatrix
     launch_sampled<T, SimtEngine<T>>(context, p, pattern, out);
   }
   if (p.splits == 1) return;
-  SM_LAUNCH(add_parts_kernel<T>, static_cast<unsigned>((pattern.nnz + 255) / 256), 256, 0,
+  SM_LAUNCH(add_parts_kernel<T>, static_cast<unsigned>(ceil_div(pattern.nnz, 256)), 256, 0,
             context.stream, static_cast<const accumulator_t<T>*>(out), p.splits, pattern.nnz,
             static_cast<T*>(values));
 }
