@@ -81,8 +81,24 @@ LanesKernel<S> lanes_kernel_for(int rows, int vecs, std::integer_sequence<int, k
   return table[(rows - 1) * kLaneVecs + vecs - 1];
 }
 
+// A vector of words: the first `count` numbers at p, then zeros.
+template <class S, class T, bool kPairs>
+inline Vec<S> load_words(const T* p, std::int64_t count) {
+  if constexpr (kPairs) {
+    Vec<S> words{};
+    if (count >= 2 * kLanes<S>)
+      std::memcpy(&words, p, sizeof words);
+    else
+      std::memcpy(&words, p, static_cast<std::size_t>(count) * 2);
+    return words;
+  } else {
+    return count >= kLanes<S> ? load_wide<S>(p) : load_wide_part<S>(p, static_cast<int>(count));
+  }
+}
+
 // A factor as these products read it: in place, or, where its numbers must be widened, paired or
-// have no regular strides, copied first, whole rows or whole columns as they lie.
+// have no regular strides, a copy, whole rows or whole columns as they lie. All blocks are copied
+// by prepare(), or, for few tokens, each when it is multiplied.
 template <class S, class T, bool kPairs>
 struct LaneWeights {
   static constexpr int kNumbers = kWordNumbers<kPairs>;
@@ -107,24 +123,37 @@ struct LaneWeights {
     if (in_place())
       return {reinterpret_cast<const char*>(data + block.at(b)), width.stride() * size,
               depth.stride() * size * kNumbers};
-    const char* const from = reinterpret_cast<const char*>(copy + b * copy_size());
+    const S* const words_of_block = copy != nullptr ? copy + b * copy_size() : copied(b);
+    const char* const from = reinterpret_cast<const char*>(words_of_block);
     return by_rows() ? Words{from, words() * word, word} : Words{from, word, width.size * word};
   }
 
   void prepare(const Context& context, Scratch& memory) {
     if (in_place()) return;
     S* const to = memory.get<S>(block.size * copy_size());
+    if (copy_size() == 0) return;
     copy = to;
-    if (copy_size() == 0) return;  // weights without numbers may lie nowhere
     const std::int64_t group = std::max<std::int64_t>((64 << 10) / copy_size(), 1);
     parallel_for(context, ceil_div(block.size, group), [&](std::int64_t task) {
       for (std::int64_t b = task * group; b < std::min(block.size, (task + 1) * group); ++b)
-        by_rows() ? copy_lines(data + block.at(b), width, depth, to + b * copy_size())
-                  : copy_columns(data + block.at(b), to + b * copy_size());
+        copy_block(b, to + b * copy_size());
     });
   }
 
  private:
+  const S* copied(std::int64_t b) const {
+    static thread_local Scratch memory;
+    if (copy_size() == 0) return nullptr;  // weights without numbers may lie nowhere
+    S* const to = memory.get<S>(copy_size());
+    copy_block(b, to);
+    return to;
+  }
+
+  void copy_block(std::int64_t b, S* to) const {
+    by_rows() ? copy_lines(data + block.at(b), width, depth, to)
+              : copy_columns(data + block.at(b), to);
+  }
+
   void copy_lines(const T* from, const Axis& lines, const Axis& along, S* to) const {
     for (std::int64_t i = 0; i < lines.size; ++i, to += words()) {
       const T* const line = from + lines.at(i);
@@ -145,10 +174,15 @@ struct LaneWeights {
         convert(low, to, width.size);
       } else {
         const T* const high = p + 1 < depth.size ? from + depth.at(p + 1) : nullptr;
-        for (std::int64_t o = 0; o < width.size; ++o) {
-          const std::uint32_t upper = high != nullptr ? high[o].bits : 0u;
-          const std::uint32_t word = low[o].bits | upper << 16;
-          std::memcpy(to + o, &word, sizeof word);
+        for (std::int64_t o = 0; o < width.size; o += kLanes<S>) {
+          const std::int64_t count = width.size - o;
+          const Vec<S> words =
+              pair_words(load_words<S, T, false>(low + o, count),
+                         high != nullptr ? load_words<S, T, false>(high + o, count) : Vec<S>{});
+          if (count >= kLanes<S>)
+            store(to + o, words);
+          else
+            std::memcpy(to + o, &words, static_cast<std::size_t>(count) * sizeof(S));
         }
       }
     }
@@ -185,21 +219,6 @@ void lanes_product(const LaneWeights<S, T, kPairs>& f, std::int64_t b, const S* 
           f.words(), words, panel + v0 * kLanes<S>, ld, add != nullptr ? add + r0 : nullptr, round,
           to);
     }
-  }
-}
-
-// A vector of words: the first `count` numbers at p, then zeros.
-template <class S, class T, bool kPairs>
-inline Vec<S> load_words(const T* p, std::int64_t count) {
-  if constexpr (kPairs) {
-    Vec<S> words{};
-    if (count >= 2 * kLanes<S>)
-      std::memcpy(&words, p, sizeof words);
-    else
-      std::memcpy(&words, p, static_cast<std::size_t>(count) * 2);
-    return words;
-  } else {
-    return count >= kLanes<S> ? load_wide<S>(p) : load_wide_part<S>(p, static_cast<int>(count));
   }
 }
 

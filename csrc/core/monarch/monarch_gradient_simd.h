@@ -65,13 +65,15 @@ void Monarch<T, kPairs>::backward(ConstMatrixView dy, ConstMatrixView x, const v
 
   const bool want_g = want_x || want_w1, make_h = want_w2 && hidden == nullptr;
   L a1 = lanes_of(t1()), a2 = lanes_of(t2()), b1 = lanes_of(w1());
-  if (want_x) a1.prepare(context, t1_memory);
-  if (want_g) a2.prepare(context, t2_memory);
-  if (make_h) b1.prepare(context, w1_memory);
   const std::int64_t tokens = dy.rows, threads = thread_count(context),
                      chunk = std::clamp<std::int64_t>(tokens, 1, gradient_chunk(s, threads)),
                      s_rows = round_up(s.S, w), ld = (ceil_div(chunk, w) | 1) * w;
   const std::int64_t g_step = block_step<S>(ld, s.Q), h_step = block_step<S>(ld, s.S);
+  if (!is_few(tokens)) {
+    if (want_x) a1.prepare(context, t1_memory);
+    if (want_g) a2.prepare(context, t2_memory);
+    if (make_h) b1.prepare(context, w1_memory);
+  }
   const Hidden<S> g{want_g ? g_memory.get<S>(s.K * g_step) : nullptr, g_step, ld};
   const Hidden<S> h{make_h ? h_memory.get<S>(s.J * h_step) : nullptr, h_step, ld};
   WeightGradients<S, T, kPairs> d1{x, of_x(), s.I, s.Q, s.Q, nullptr},
@@ -83,6 +85,19 @@ void Monarch<T, kPairs>::backward(ConstMatrixView dy, ConstMatrixView x, const v
                      tasks1 = want_w1 ? ceil_div(s.K, group1) : 0,
                      tasks2 = want_w2 || want_bias ? ceil_div(s.J, group2) : 0,
                      per = read_together(of_dy());
+  const auto store_w1 = [&](std::int64_t k0, std::int64_t k1) {
+    for (std::int64_t q = k0 * s.Q; q < k1 * s.Q; ++q)
+      convert(d1.totals + q * d1.ld(), static_cast<T*>(grads.w1) + q * s.I, s.I);
+  };
+  const auto store_w2 = [&](std::int64_t j0, std::int64_t j1) {  // and the bias
+    for (std::int64_t j = j0; j < j1; ++j) {
+      for (std::int64_t l = 0; want_bias && l < s.L; ++l)
+        convert(d2.sums + j * d2.ld() + l, static_cast<T*>(grads.bias.data) + s.column(j, l), 1);
+      if (want_w2)
+        store_transposed(d2.totals + j * s_rows * d2.ld(), d2.ld(), s.S, s.L,
+                         static_cast<T*>(grads.w2) + j * s.L * s.S, s.S);
+    }
+  };
 
   for (std::int64_t c0 = 0; c0 < tokens || c0 == 0; c0 += chunk) {
     const std::int64_t c1 = std::min(c0 + chunk, tokens), rows = c1 - c0, work = rows * s.Q * s.I;
@@ -106,6 +121,7 @@ void Monarch<T, kPairs>::backward(ConstMatrixView dy, ConstMatrixView x, const v
         d1.add(c0, c1, k0, k1, true, [&](std::int64_t k, std::int64_t t, std::int64_t) {
           return Rows<S>{g.data + k * g.block + t, g.ld, 1};
         });
+        if (c1 == tokens) store_w1(k0, k1);
         return;
       }
       const std::int64_t j0 = (task - tasks1) * group2, j1 = std::min(s.J, j0 + group2);
@@ -121,24 +137,9 @@ void Monarch<T, kPairs>::backward(ConstMatrixView dy, ConstMatrixView x, const v
           return Rows<S>{wide, 1, s.S};
         }
       });
+      if (c1 == tokens) store_w2(j0, j1);
     });
   }
-  parallel_for(context, tasks1 + tasks2, [&](std::int64_t task) {
-    if (task < tasks1) {
-      const std::int64_t q1 = std::min(s.K, (task + 1) * group1) * s.Q;
-      for (std::int64_t q = task * group1 * s.Q; q < q1; ++q)
-        convert(d1.totals + q * d1.ld(), static_cast<T*>(grads.w1) + q * s.I, s.I);
-      return;
-    }
-    const std::int64_t j1 = std::min(s.J, (task - tasks1 + 1) * group2);
-    for (std::int64_t j = (task - tasks1) * group2; j < j1; ++j) {
-      for (std::int64_t l = 0; want_bias && l < s.L; ++l)
-        convert(d2.sums + j * d2.ld() + l, static_cast<T*>(grads.bias.data) + s.column(j, l), 1);
-      if (want_w2)
-        store_transposed(d2.totals + j * s_rows * d2.ld(), d2.ld(), s.S, s.L,
-                         static_cast<T*>(grads.w2) + j * s.L * s.S, s.S);
-    }
-  });
 }
 
 }  // namespace

@@ -139,9 +139,11 @@ struct Monarch {
     if (tokens <= kFewRows && f1.reads_few(from.step) && f2.reads_few(1))
       return of_few_tokens<kForward>(f1, f2, from, x, out, hidden);
     L first = lanes_of(f1), second = lanes_of(f2);
-    first.prepare(context, first_memory);
-    second.prepare(context, second_memory);
     const bool few = is_few(tokens);
+    if (!few) {
+      first.prepare(context, first_memory);
+      second.prepare(context, second_memory);
+    }
     const std::int64_t ld = few ? round_up(tokens, w) : kTokenTile, step = block_step<S>(ld, units),
                        per = read_together(from), groups = out.groups(blocks);
     S* const shared = few ? h_memory.get<S>(blocks * step) : nullptr;
