@@ -11,7 +11,8 @@ four passes bring close to what Q lacks (Martinsson and Voronin, SIAM J. Sci. Co
 
 import math
 import operator
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -139,13 +140,15 @@ def _check_csr(A: Tensor) -> None:
         raise ValueError(f"{_OP}: A is no valid CSR tensor: {error}") from error
 
 
-def of_one_length(group: Any, ranks: Callable[[], list[Any]]) -> list[Any]:
-    """``ranks()``, one for each matrix of a list. Raises on every rank if lists differ in length:
-    otherwise they would wait for ever."""
-    found = together(_OP, group, ranks)
+def require_one_length(A: Sequence[Any], group: Any, ranks: Callable[[], list[Any]]) -> None:
+    """Raises on every rank of a group if `ranks`, those of the matrices of a list, does on one, or
+    if lists differ in how many matrices they have of the group."""
+    counts = Counter(a.device_mesh.get_group() for a in A if _on_mesh(a))
     if isinstance(group, dist.ProcessGroup):
-        require_same(_OP, group, {"the number of matrices in A": len(found)})
-    return found
+        counts = Counter({group: len(A)})
+    for one, count in counts.items():
+        together(_OP, one, ranks)
+        require_same(_OP, one, {"the number of matrices in A": count})
 
 
 class _Basis:
