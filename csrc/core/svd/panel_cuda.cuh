@@ -134,10 +134,9 @@ __global__ void __launch_bounds__(kThreads)
     double x_of[in_flight];
     SM_UNROLL
     for (int k = 0; k < in_flight; ++k, e.next())
-      x_of[k] = e.left()
-                    ? static_cast<double>(
-                          value(data[e.row * row_stride + e.col * col_stride], e.row, e.col))
-                    : 0.0;
+      x_of[k] = e.left() ? static_cast<double>(
+                               value(data[e.row * row_stride + e.col * col_stride], e.row, e.col))
+                         : 0.0;
     for (const double x : x_of) {
       if constexpr (sizeof(S) < 8) {  // squares of a float fit a double
         norm.scale = 1;
