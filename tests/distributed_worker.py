@@ -104,6 +104,8 @@ def main():
     U, S, Vh = result = sm.linalg.randomized_svd(sharded, 5)
     assert U.placements == (Shard(0),)
     assert U.shape == (len(A), 5)
+    in_list = sm.linalg.randomized_svd([A, sharded], 5)[1]
+    assert torch.equal(in_list.U.to_local(), U.to_local())
     found["dtensor"] = (U.to_local(), S.to_local(), Vh.to_local(), result.info.error)
 
     streams = [sm.linalg.StreamingSVD(n, 4, center=True, dtype=A.dtype) for n in (40, 200)]
@@ -124,6 +126,7 @@ def main():
         failure(lambda: svd(A[:, : 40 - last], 4, group=group)),
         failure(lambda: svd(A, 3, center=last, group=group)),
         failure(lambda: svd([A] * (1 + last), 3, group=group)),
+        failure(lambda: svd([sharded] * (2 - last), 3)),
         failure(lambda: svd(A * (torch.nan if last else 1), 4, group=group)),
         failure(lambda: ooc(broken, 4, group=group)),
         failure(lambda: ooc(lambda: iter([A]), 4 + last, group=group)),
@@ -150,6 +153,7 @@ def main():
         failure(lambda: svd(A[0] if last else A, 4, group=group)),
         failure(lambda: svd(sharded, 0 if last else 4)),
         failure(lambda: svd([A, A], [4] if last else [4, 4], group=group)),
+        failure(lambda: svd([sharded, sharded], [4] if last else [4, 4])),
         failure(lambda: svd(invalid, 4, group=group)),
         failure(lambda: svd((Broken if last else Operator)(A), 4, group=group)),
         failure(lambda: svd((BrokenTransposed if last else Operator)(A), 4, group=group)),

@@ -82,11 +82,12 @@ def test_ranks_agree(ranks, alone, tmp_path):
         "ValueError: randomized_svd: rank is 4 on rank 0",
         "ValueError: randomized_svd: columns is 40 on rank 0",
         "ValueError: randomized_svd: center is False on rank 0",
-        "ValueError: randomized_svd: A is a list of 1 matrices on rank 0 of the group and of 2 on",
+        "ValueError: randomized_svd: the number of matrices in A is 1 on rank 0 of the group and 2",
+        "ValueError: randomized_svd: the number of matrices in A is 2 on rank 0 of the group and 1",
         "_LinAlgError: randomized_svd: A contains NaN",
         "the disk is gone",
-        "ValueError: svd_out_of_core",
-        "ValueError: all_merge: rank is 4 on rank 0 and 5",
+        "ValueError: svd_out_of_core: rank is 4 on rank 0 of the group and 5",
+        "ValueError: all_merge: rank is 4 on rank 0 of the group and 5",
     )
     for rank, part in enumerate(parts):
         for message, found in zip(says, part["errors"], strict=True):

@@ -293,5 +293,7 @@ def test_blocks_that_wait_for_each_other(run: Run) -> None:
     assert run(TOGETHER, BARRIER, "-DWAIT=", arrives).stdout == "wrong\n"
     assert run(TOGETHER, "-DBARRIER=", wait, arrives).stdout == "wrong\n"
     assert "deadlock" in run(TOGETHER, BARRIER, wait, "-DARRIVES=block>0").stdout
+    twice = "-DARRIVES=(barrier.arrive(),block==0&&t==0)"
+    assert "arrives twice" in run(TOGETHER, BARRIER, wait, twice).stdout
     assert run(COME_AND_GO, BARRIER).stdout == "right\n"
     assert run(COME_AND_GO, "-DBARRIER=").stdout == "wrong\n"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Threads by OpenMP (one runtime, shared with torch), over tiles whose bounds depend on sizes
-// alone: the number of threads decides who computes a tile, never what is computed.
+// Threads by OpenMP (one runtime, shared with torch), over tiles. Their bounds may depend on the
+// number of threads. Where a sum is cut depends on sizes alone, so that threads decide who computes
+// a number, never its bits.
 #pragma once
 #include <omp.h>
 

@@ -204,7 +204,7 @@ class RowsOfA {
           Scratch& memory)
       : transposed_(a.transposed) {
     if (a.transposed) {
-      constexpr int w = kLanes<S>, vecs = (kMicroRows + w - 1) / w;
+      constexpr int w = kLanes<S>, vecs = ceil_div(kMicroRows, w);
       constexpr std::int64_t pad =
           16;  // vectors end beyond the block; the next ones overwrite that
       block_step_ = depth * kMicroRows + pad;

@@ -286,6 +286,8 @@ std::size_t arrive_at_grid() {
   Scheduler& block = scheduler();
   Grid* grid = block.grid;
   if (grid == nullptr) return fail("a barrier of blocks that were not launched together"), 0;
+  if (block.self->at_grid) fail("a thread arrives twice at the grid's barrier");
+  block.self->at_grid = true;
   const std::size_t turn = grid->arrived++ / grid->threads;
   block.add(*block.self, block.ready.size());  // others may come first
   block.go_on(*block.self->fibre);
@@ -294,10 +296,12 @@ std::size_t arrive_at_grid() {
 
 void wait_for_grid(std::size_t turn) {
   Scheduler& block = scheduler();
+  Thread& self = *block.self;
   while (block.grid != nullptr && block.grid->arrived / block.grid->threads == turn) {
-    block.waiting.push_back(block.self);
-    block.go_on(*block.self->fibre);
+    block.waiting.push_back(&self);
+    block.go_on(*self.fibre);
   }
+  self.at_grid = false;
 }
 
 void wait_for_block() {

@@ -57,7 +57,8 @@ struct Thread {
   int lane = 0;
   Fibre* fibre = nullptr;  // none before it starts
   bool done = false;
-  unsigned mask = 0;  // of the lanes it waits for at a warp barrier; 0 where it does not
+  bool at_grid = false;  // it arrived at the grid's barrier and has not come through
+  unsigned mask = 0;     // of the lanes it waits for at a warp barrier; 0 where it does not
   // What it brings to a warp barrier, whose value it wants, and what it got.
   std::uint64_t given = 0, taken = 0;
   int source = 0;

@@ -6,11 +6,13 @@
 #pragma once
 #include <cstdint>
 
+#include "ceil_div.h"
+
 namespace structmat {
 
 // Stride of a matrix of n columns: whole vectors of every instruction set.
 constexpr std::int64_t padded(std::int64_t n) {
-  return (n + 7) / 8 * 8;
+  return ceil_div(n, 8) * 8;
 }
 
 // G = Q T Q^T, T with diagonal d (n) and e (n - 1) beside it. G (n, padded(n)), both triangles,

@@ -38,11 +38,11 @@ void column_sums(const Context& context, const ConstMatrixView& a, void* partial
     using T = decltype(element);
     using Sum = accumulator_t<T>;
     const std::int64_t blocks = column_sum_blocks(a.rows);
-    const auto columns = static_cast<unsigned>((a.cols + 31) / 32);
+    const auto columns = static_cast<unsigned>(ceil_div(a.cols, 32));
     constexpr std::size_t bytes = 8 * 32 * sizeof(Sum);
     SM_LAUNCH((column_sum_kernel<T, Sum>), dim3(columns, static_cast<unsigned>(blocks)),
               dim3(32, 8), bytes, context.stream, static_cast<const T*>(a.data), a.row_stride,
-              a.rows, a.cols, (a.rows + blocks - 1) / blocks, static_cast<Sum*>(partial));
+              a.rows, a.cols, ceil_div(a.rows, blocks), static_cast<Sum*>(partial));
     SM_LAUNCH((column_sum_kernel<Sum, T>), dim3(columns), dim3(32, 8), bytes, context.stream,
               static_cast<const Sum*>(partial), a.cols, blocks, a.cols, blocks,
               static_cast<T*>(out.data));

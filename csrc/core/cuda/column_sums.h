@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ceil_div.h"
 #include "structmat/context.h"
 #include "structmat/matrix.h"
 
@@ -13,7 +14,7 @@ namespace structmat::cuda {
 constexpr std::int64_t kColumnSumTokens = 512;  // tokens a block adds up
 
 constexpr std::int64_t column_sum_blocks(std::int64_t tokens) {
-  return std::clamp<std::int64_t>((tokens + kColumnSumTokens - 1) / kColumnSumTokens, 1, 64);
+  return std::clamp<std::int64_t>(ceil_div(tokens, kColumnSumTokens), 1, 64);
 }
 // Bytes of `partial`, a multiple of 256.
 constexpr std::size_t column_sum_bytes(std::int64_t tokens, std::int64_t cols, DType dtype) {

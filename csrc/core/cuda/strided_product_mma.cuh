@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(S::kThreads, 512 / S::kThreads)
   __syncthreads();
   const int batches =
       p.batches - first < shared_by ? static_cast<int>(p.batches - first) : shared_by;
-  const int count = (tile.width + run - 1) / run;
+  const int count = static_cast<int>(ceil_div(tile.width, run));
   T* const c = const_cast<T*>(operand<T>(p.c, first));
   SM_ROLLED
   for (int i = thread; i < tile.height * count; i += kThreads) {

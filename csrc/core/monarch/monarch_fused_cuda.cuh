@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kFusedThreads) fused_kernel(FusedArgs args) {
   }
   __syncthreads();
 
-  const int slabs = (columns + 31) / 32;
+  const int slabs = static_cast<int>(ceil_div(columns, 32));
   const int work = static_cast<int>(first.batches) * parts * slabs;
   SM_ROLLED
   for (int item = thread / 32; item < work; item += kWarps) {
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kFusedThreads) fused_kernel(FusedArgs args) {
   }
   __syncthreads();
 
-  const int slabs_out = static_cast<int>((second.cols + 31) / 32);
+  const int slabs_out = static_cast<int>(ceil_div(second.cols, 32));
   const int work_out = blocks * parts * slabs_out;
   SM_ROLLED
   for (int item = thread / 32; item < work_out; item += kWarps) {
@@ -250,9 +250,9 @@ void fused(const Context& context, const FusedTile& tile, const cuda::StridedPro
   const auto rows_pack = [](const cuda::Operand& x) {
     return cuda::packs(x.data, x.col, x.row, x.batch);
   };
-  const std::int64_t groups = (second.batches + tile.blocks - 1) / tile.blocks;
+  const std::int64_t groups = ceil_div(second.batches, tile.blocks);
   const FusedArgs args{first, second, R, groups, tile, rows_pack(second.c)};
-  const std::int64_t blocks = groups * ((first.rows + tile.tokens - 1) / tile.tokens);
+  const std::int64_t blocks = groups * ceil_div(first.rows, tile.tokens);
   STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,
                   "monarch_linear: more than 2^31 tiles, which no launch takes");
   if (blocks == 0) return;

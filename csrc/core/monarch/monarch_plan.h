@@ -44,7 +44,7 @@ struct FusedTile {
   // Eight tokens side by side begin in eight different groups of four banks.
   FusedTile(const Sizes& s, std::int64_t R, int token_count, std::int64_t block_count)
       : tokens(token_count), blocks(static_cast<int>(block_count)) {
-    units = static_cast<int>((s.S + 7) / 8 * 8);
+    units = static_cast<int>(ceil_div(s.S, 8) * 8);
     pitch = (blocks * units + 55) / 64 * 64 + 8;
     shared_bytes = tokens * pitch * 2 + static_cast<int>(blocks * R) * 4;
   }
@@ -60,7 +60,7 @@ inline std::int64_t run_of(const Sizes& s) {
 
 // Output blocks of a block of the grid that fit the shared memory.
 inline std::int64_t fitting_blocks(const Sizes& s, std::int64_t R, int tokens, int shared_bytes) {
-  const std::int64_t units = (s.S + 7) / 8 * 8, each = units * tokens * 2 + R * 4,
+  const std::int64_t units = ceil_div(s.S, 8) * 8, each = units * tokens * 2 + R * 4,
                      rest = shared_bytes - std::int64_t{tokens} * 64 * 2;
   return std::clamp<std::int64_t>(each > 0 ? rest / each : s.J, 0, s.J);
 }
@@ -70,9 +70,9 @@ inline std::int64_t fitting_blocks(const Sizes& s, std::int64_t R, int tokens, i
 // launches write and read h, and have tiles of 64 tokens or more.
 inline double fused_bytes(const Sizes& s, std::int64_t tokens, const FusedTile& tile,
                           const DeviceFacts& device) {
-  const std::int64_t groups = (s.J + tile.blocks - 1) / tile.blocks,
-                     blocks = groups * ((tokens + tile.tokens - 1) / tile.tokens),
-                     waves = (blocks + device.multiprocessors - 1) / device.multiprocessors;
+  const std::int64_t groups = ceil_div(s.J, tile.blocks),
+                     blocks = groups * ceil_div(tokens, tile.tokens),
+                     waves = ceil_div(blocks, device.multiprocessors);
   const std::int64_t share = (s.m() + s.S * s.J * (s.I + s.L) / tile.tokens) / groups + s.n();
   return 2.0 * static_cast<double>(waves * device.multiprocessors) *
          static_cast<double>(tile.tokens) * static_cast<double>(share);
@@ -81,7 +81,7 @@ inline double two_launch_bytes(const Sizes& s, std::int64_t tokens) {
   const double T = static_cast<double>(tokens), H = static_cast<double>(s.hidden());
   const double widths = static_cast<double>(s.n() + s.m()) + 2 * H;
   return 2 * (T * widths +
-              static_cast<double>((tokens + 63) / 64) * H * static_cast<double>(s.I + s.L));
+              static_cast<double>(ceil_div(tokens, 64)) * H * static_cast<double>(s.I + s.L));
 }
 
 struct ForwardPlan {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string>
 
+#include "ceil_div.h"
 #include "streaming_svd/streaming_svd_kernels.h"
 #include "structmat/error.h"
 
@@ -121,7 +122,7 @@ StreamingSvdShape streaming_svd_shape(std::int64_t n, std::int64_t rank) {
   STRUCTMAT_CHECK(n >= 1 && rank >= 1 && rank <= n,
                   "streaming_svd: rank is " + std::to_string(rank) + " of " + std::to_string(n) +
                       " columns, wanted 1 to the number of columns");
-  const std::int64_t keep = (2 * rank + 16 + 15) / 16 * 16;
+  const std::int64_t keep = ceil_div(2 * rank + 16, 16) * 16;
   if (n <= std::min(kExactWidth * keep, kLargestProblem)) return {n, kExactChunk, true};
   STRUCTMAT_CHECK(keep <= 10000, "streaming_svd: rank is " + std::to_string(rank) + " of " +
                                      std::to_string(n) +

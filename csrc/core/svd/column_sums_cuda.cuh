@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = static_cast<int>(threadIdx.x) % width;
   const int row = static_cast<int>(threadIdx.x) / width, step = kThreads / width;
   const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * width + lane;
-  const std::int64_t slab = (rows + gridDim.y - 1) / gridDim.y, first = blockIdx.y * slab;
+  const std::int64_t slab = ceil_div(rows, gridDim.y), first = blockIdx.y * slab;
   const std::int64_t last = first + slab < rows ? first + slab : rows;
   double sum = 0;
   if (c < cols) {

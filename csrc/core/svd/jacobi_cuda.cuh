@@ -30,7 +30,7 @@ JacobiPlan plan_jacobi(std::int64_t n, int max_shared) {
   while (plan.group > 4 && bytes(plan.group) > max_shared) plan.group /= 2;
   plan.staged = bytes(plan.group) <= max_shared;
   if (!plan.staged) plan.group = kMaxGroup;
-  const std::int64_t groups = (n + plan.group - 1) / plan.group;
+  const std::int64_t groups = ceil_div(n, plan.group);
   plan.groups = static_cast<int>(groups + groups % 2);
   plan.shared_bytes = plan.staged ? static_cast<int>(bytes(plan.group)) : 0;
   return plan;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "ceil_div.h"
 #include "scratch.h"
 #include "vec.h"
 
@@ -147,7 +148,7 @@ void solve_tile(const T* from, std::int64_t from_stride, T* to, std::int64_t to_
         for (std::int64_t j = last == r + kWide ? whole : 0; j < cols; ++j)
           t[j * kRows + i] = static_cast<double>(from[(r0 + i) * from_stride + j]) * scale[j];
     }
-    solve_group(t, (cols + kColumns - 1) / kColumns * kColumns, minus_r, stride, inverse);
+    solve_group(t, ceil_div(cols, kColumns) * kColumns, minus_r, stride, inverse);
     for (std::int64_t r = 0; r < count; r += kWide) {
       const std::int64_t last = std::min<std::int64_t>(count, r + kWide);
       if (last == r + kWide)

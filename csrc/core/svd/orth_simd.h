@@ -5,11 +5,13 @@
 #pragma once
 #include <cstdint>
 
+#include "ceil_div.h"
+
 namespace structmat {
 
 // Stride of a small square matrix of n columns: whole blocks of every instruction set.
 constexpr std::int64_t gram_stride(std::int64_t n) {
-  return (n + 15) / 16 * 16;
+  return ceil_div(n, 16) * 16;
 }
 
 // gram[j * stride + i] += sum_r y[r, j] y[r, i] for i <= j; the rest of the stride x stride numbers

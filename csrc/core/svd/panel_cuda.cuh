@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "ceil_div.h"
 #include "cuda/device.h"
 #include "half.h"
 #include "random/philox.h"
@@ -21,11 +22,10 @@ constexpr int kMaxSlabs = 64;       // partial results of a reduction over rows
 constexpr int kMaxMeasures = 1024;  // partial norms
 
 constexpr unsigned blocks_for(std::int64_t count) {
-  return static_cast<unsigned>(
-      std::clamp<std::int64_t>((count + kThreads - 1) / kThreads, 1, 8192));
+  return static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(count, kThreads), 1, 8192));
 }
 constexpr unsigned tiles(std::int64_t count, std::int64_t tile) {
-  return static_cast<unsigned>((count + tile - 1) / tile);
+  return static_cast<unsigned>(ceil_div(count, tile));
 }
 constexpr unsigned slab_count(std::int64_t rows) {
   return rows < 64 ? 1u : rows < 64 * kMaxSlabs ? static_cast<unsigned>(rows / 64) : kMaxSlabs;
@@ -134,10 +134,9 @@ __global__ void __launch_bounds__(kThreads)
     double x_of[in_flight];
     SM_UNROLL
     for (int k = 0; k < in_flight; ++k, e.next())
-      x_of[k] = e.left()
-                    ? static_cast<double>(
-                          value(data[e.row * row_stride + e.col * col_stride], e.row, e.col))
-                    : 0.0;
+      x_of[k] = e.left() ? static_cast<double>(
+                               value(data[e.row * row_stride + e.col * col_stride], e.row, e.col))
+                         : 0.0;
     for (const double x : x_of) {
       if constexpr (sizeof(S) < 8) {  // squares of a float fit a double
         norm.scale = 1;
@@ -185,7 +184,7 @@ __global__ void __launch_bounds__(kThreads) extremes_kernel(Panel<T> y, T* parti
   __shared__ std::int64_t where[kRows][32];
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
   const std::int64_t j = static_cast<std::int64_t>(blockIdx.x) * 32 + lane;
-  const std::int64_t slab = (y.rows + gridDim.y - 1) / gridDim.y, first = blockIdx.y * slab;
+  const std::int64_t slab = ceil_div(y.rows, gridDim.y), first = blockIdx.y * slab;
   const std::int64_t last = first + slab < y.rows ? first + slab : y.rows;
   T value = 0;
   std::int64_t at = y.rows;

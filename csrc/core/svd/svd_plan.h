@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "ceil_div.h"
 #include "structmat/svd.h"
 
 namespace structmat {
@@ -33,7 +34,7 @@ constexpr std::int64_t kDefaultSweeps = 5;
 constexpr std::int64_t kProbes = 8;
 
 inline std::int64_t default_oversample(std::int64_t rank) {
-  return (rank + 8 + 15) / 16 * 16 - rank;
+  return ceil_div(rank + 8, 16) * 16 - rank;
 }
 
 // More passes with narrower blocks need fewer products with A for the same error: with singular
@@ -42,7 +43,7 @@ inline std::int64_t default_oversample(std::int64_t rank) {
 // 7.3e-3. Below 32 columns reading A costs more than that saves. A narrow block misses singular
 // values repeated more often than it is wide; `hides_copies` sees that in the result.
 inline void narrow(SvdPlan& plan) {
-  const std::int64_t block = (3 * plan.rank + 127) / 128 * 16;
+  const std::int64_t block = ceil_div(3 * plan.rank, 128) * 16;
   if (block < 32) return;
   // With the least bases, in 1/64 of the rank, that keep the excess at 0.4 to 0.9 of torch's at
   // singular values i^-1/4, i^-1/2 and 1/i, ranks 50 to 128, sizes 384 to 4096. Steps before the

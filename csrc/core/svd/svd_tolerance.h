@@ -16,6 +16,7 @@
 #include <limits>
 #include <vector>
 
+#include "ceil_div.h"
 #include "svd/certificate.h"
 #include "svd/orth.h"
 #include "svd/svd_kernels.h"
@@ -75,7 +76,7 @@ class SvdToToleranceOf final : public SvdSearch {
   // The plan of an engine with buffers for `columns`, or somewhat more, added `block` at a time.
   static SvdPlan room(SvdPlan plan, std::int64_t columns, std::int64_t block) {
     plan.block = plan.last = block;
-    plan.blocks = (columns + block - 1) / block;
+    plan.blocks = ceil_div(columns, block);
     plan.rank = plan.basis();
     return plan;
   }

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .sides import gathered, together
+from .sides import require_same, together
 from .streaming_checks import SETTINGS
 from .streaming_svd import StreamingSVD
 
@@ -46,16 +46,9 @@ def all_merge(stream: StreamingSVD, group: Any = None) -> StreamingSVD:
     """
     if group is None and dist.is_initialized():
         group = dist.group.WORLD
-    mine = together(_OP, group, lambda: _checked(stream, group))
-    every = gathered(group, mine)
-    for other, theirs in enumerate(every):
-        for name, value in every[0].items():
-            if theirs[name] != value:
-                raise ValueError(
-                    f"{_OP}: {name} is {value} on rank 0 and {theirs[name]} on rank {other}"
-                )
+    require_same(_OP, group, together(_OP, group, lambda: _checked(stream, group)))
     step = 1
-    while step < len(every):
+    while step < dist.get_world_size(group):
         _merge_neighbours(stream, step, group)
         step *= 2
     parts = _parts(stream)

@@ -20,7 +20,7 @@ from .matrix_free import _PROBE_NUMBER
 from .operands import norm_of, working_dtype
 from .progress import Bar
 from .row_blocks import Source, open_source, reading_ahead
-from .sides import Side, gathered, together
+from .sides import Side, require_same, together
 
 _OP = "svd_out_of_core"
 _UNIT, _NORM, _FINITE = range(3)  # BlockFacts of structmat/out_of_core.h
@@ -58,7 +58,7 @@ class BlockSweeps:
         self._room: Tensor | None = None  # of a block converted or centred
         self._norms: list[float] = []  # of blocks
 
-    def open(self, arguments: Any) -> None:
+    def open(self, arguments: dict[str, Any]) -> None:
         """Looks at the first block. Ranks tell each other what they found, so that an error of one
         is an error of all."""
 
@@ -89,13 +89,8 @@ class BlockSweeps:
 
         self.shift = together(_OP, self.group, look)
         self.cols = Side(self.width, peers=self.group)
-        facts = (self.width, str(self.like.dtype), self.like.device.type, *arguments)
-        for other, found in enumerate(gathered(self.group, facts)):
-            if found != facts:
-                raise ValueError(
-                    f"{_OP}: columns, dtype, device, rank, sweeps, oversample, center, seed and "
-                    f"wanted dtype are {facts} here and {found} on rank {other} of the group"
-                )
+        like = {"dtype": self.like.dtype, "device": self.like.device.type}
+        require_same(_OP, self.group, {"columns": self.width, **like, **arguments})
         if self.shift is not None:
             self.cols.same(self.shift)
         self.bar.total = self.source.bytes

@@ -11,7 +11,8 @@ four passes bring close to what Q lacks (Martinsson and Voronin, SIAM J. Sci. Co
 
 import math
 import operator
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from . import operands
 from .arguments import check
 from .certificate import PROBES, Tail, tail
 from .operands import Operand
-from .sides import gathered, together
+from .sides import require_same, together
 from .svd import SVDInfo, SVDResult
 
 _OP = "randomized_svd"
@@ -62,7 +63,10 @@ def randomized_svd(
     if hasattr(A, "device_mesh"):
         return _of_dtensor(A, rank, rtol, oversample, sweeps, center, seed)
     with torch.no_grad(), torch.autocast(torch.device(A.device).type, enabled=False):
-        _require_same(group, A, rank, rtol, oversample, sweeps, center, seed)
+        facts: dict[str, Any] = {"columns": A.shape[1], "dtype": operands.working_dtype(A.dtype)}
+        facts |= {"device": torch.device(A.device).type, "rank": rank, "rtol": rtol}
+        facts |= {"oversample": oversample, "sweeps": sweeps, "center": center, "seed": seed}
+        require_same(_OP, group, facts)
         operand = _operand(A, group, center)
         shape = operand.shape
         if 0 in shape:
@@ -136,38 +140,15 @@ def _check_csr(A: Tensor) -> None:
         raise ValueError(f"{_OP}: A is no valid CSR tensor: {error}") from error
 
 
-def of_one_length(group: Any, ranks: Callable[[], list[Any]]) -> list[Any]:
-    """``ranks()``, one for each matrix of a list. Raises on every rank if lists differ in length:
-    otherwise they would wait for ever."""
-    found = together(_OP, group, ranks)
+def require_one_length(A: Sequence[Any], group: Any, ranks: Callable[[], list[Any]]) -> None:
+    """Raises on every rank of a group if `ranks`, those of the matrices of a list, does on one, or
+    if lists differ in how many matrices they have of the group."""
+    counts = Counter(a.device_mesh.get_group() for a in A if _on_mesh(a))
     if isinstance(group, dist.ProcessGroup):
-        every = gathered(group, len(found))
-        for other, count in enumerate(every):
-            if count != every[0]:
-                raise ValueError(
-                    f"{_OP}: A is a list of {every[0]} matrices on rank 0 of the group and of "
-                    f"{count} on {other}"
-                )
-    return found
-
-
-def _require_same(group: Any, A: Any, *arguments: Any) -> None:
-    """Raises on every rank if the arguments of two differ: otherwise they would wait for ever."""
-    if group is None:
-        return
-    dtype = operands.working_dtype(A.dtype)
-    facts = (A.shape[1], str(dtype), torch.device(A.device).type, *arguments)
-    every = gathered(group, facts)
-    for other, found in enumerate(every):
-        if found != every[0]:
-            options = ("rank", "rtol", "oversample", "sweeps", "center", "seed")
-            names = ("columns", "dtype", "device", *options)
-            name, mine, theirs = next(
-                (n, a, b) for n, a, b in zip(names, every[0], found, strict=True) if a != b
-            )
-            raise ValueError(
-                f"{_OP}: {name} is {mine} on rank 0 of the group and {theirs} on {other}"
-            )
+        counts = Counter({group: len(A)})
+    for one, count in counts.items():
+        together(_OP, one, ranks)
+        require_same(_OP, one, {"the number of matrices in A": count})
 
 
 class _Basis:

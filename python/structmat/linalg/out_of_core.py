@@ -113,7 +113,8 @@ def svd_out_of_core(
     with torch.no_grad():
         readings = BlockSweeps(blocks, block_rows, dtype, device, group, center, progress)
         with readings.bar:
-            readings.open((rank, sweeps, extra, center, seed, str(dtype)))
+            options = {"rank": rank, "sweeps": sweeps, "oversample": extra}
+            readings.open({**options, "center": center, "seed": seed, "wanted dtype": dtype})
             return _decomposed(readings, rank, sweeps, extra, seed)
 
 

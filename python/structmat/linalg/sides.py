@@ -54,6 +54,17 @@ def together(op: str, group: Any, work: Callable[[], _T]) -> _T:
     return result
 
 
+def require_same(op: str, group: Any, facts: dict[str, Any]) -> None:
+    """Raises on every rank if facts of two differ: otherwise they would wait for ever."""
+    first, *others = gathered(group, facts)
+    for rank, found in enumerate(others, 1):
+        for name, value in first.items():
+            if found[name] != value:
+                raise ValueError(
+                    f"{op}: {name} is {value} on rank 0 of the group and {found[name]} on {rank}"
+                )
+
+
 class Side:
     """``size`` indices, of which ``count`` from ``first`` on lie here. ``peers`` is the group whose
     ranks each have all of them and do the same with them."""

@@ -198,8 +198,8 @@ def randomized_svd(
     Raises:
         TypeError: ``A`` is none of these, or of another dtype.
         ValueError: a matrix is empty, on meta or has less than 2 dimensions, in a list or with
-            ``rtol`` not 2; matrices of a list are on different devices, or the ranks of `group`
-            have lists of different lengths; neither or both of rank and rtol; rank, rtol,
+            ``rtol`` not 2; matrices of a list are on different devices, or the ranks of a
+            group have lists of different lengths; neither or both of rank and rtol; rank, rtol,
             oversample, sweeps or seed is out of range.
         torch.linalg.LinAlgError: ``A`` contains NaN or Inf, or a singular value or the norm exceeds
             the range of its type; which matrix of a batch or list, the message says. In a compiled
@@ -256,12 +256,11 @@ def randomized_svd(
             return _of_list(list(A), rank, oversample, sweeps, seed, center)
         more: dict[str, Any] = {"rtol": rtol, "center": center, "group": group, "seed": seed}
         more |= {"oversample": oversample, "sweeps": sweeps}
-        if group is None:
-            ranks = _ranks(rank, len(A))
-        else:
-            from .matrix_free import of_one_length
+        if group is not None or not all(map(_is_dense, A)):
+            from .matrix_free import require_one_length
 
-            ranks = of_one_length(group, lambda: _ranks(rank, len(A)))
+            require_one_length(A, group, lambda: _ranks(rank, len(A)))
+        ranks = _ranks(rank, len(A))
         return [_of_item(i, a, k, more) for i, (a, k) in enumerate(zip(A, ranks, strict=True))]
     if group is not None or not _is_dense(A):
         from .matrix_free import randomized_svd as matrix_free_svd
