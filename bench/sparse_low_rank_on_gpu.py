@@ -56,6 +56,11 @@ GRID += [
     for t in (33, 256, 16384)
 ]
 GRID += [Case(4096, family, "backward") for family in ("vector16", "block16")]
+GRID += [
+    Case(t, "vector16", "backward", d)
+    for d in (0.01, 0.03, 0.06, 0.07)
+    for t in (1023, 1024, 16384)
+]
 TINY = [
     Case(2, n=48, rank=4, density=0.2),
     Case(40, "columns", "backward", n=48, rank=4, density=0.2),

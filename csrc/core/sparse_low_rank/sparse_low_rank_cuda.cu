@@ -8,6 +8,7 @@
 #include "sparse_low_rank/sparse_product_cuda.cuh"
 #include "sparse_low_rank/sparse_rows_cuda.cuh"
 #include "sparse_low_rank/sparse_scatter_cuda.cuh"
+#include "sparse_low_rank/sparse_spread_cuda.cuh"
 #include "sparse_low_rank/sparse_strips_cuda.cuh"
 #include "sparse_low_rank/sparse_tiles_cuda.cuh"
 
@@ -37,7 +38,7 @@ BackwardSpace backward_space(std::int64_t tokens, const SparseLowRankWeights& we
   p.column_strips = transpose.strip == kStrip;
   const auto has = [](const auto& a) { return a.data != nullptr; };
   const Wanted wanted{has(grads.x), has(grads.u), has(grads.v), has(grads.values), has(grads.bias)};
-  return BackwardSpace(p, wanted, cuda::multiprocessors(), workspace);
+  return BackwardSpace(p, wanted, cuda::multiprocessors(), cuda::max_shared_bytes(), workspace);
 }
 DType sum_type(DType dtype) {
   return dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -191,6 +192,11 @@ void input_gradient(const Context& context, const ConstMatrixView& dy, const Con
     round_sums<T>(context, out);
     return spread_nan<T>(context, dy, dx, r > 0 || base);
   }
+  if constexpr (half)
+    if (space.way == Way::spread) {
+      spread_strips<T>(context, dy, {w.pattern, w.values.data}, dh, w.v, space.spread, dx);
+      return spread_nan<T>(context, dy, dx, r > 0);
+    }
   SparseProduct p;
   p.x = dy, p.pattern = transpose.pattern, p.values = space.values, p.y = dx;
   if constexpr (half)
