@@ -24,6 +24,7 @@ EXPECTED = {
     "simt_product_kernel": (r"LDGSTS",),  # asynchronous copies
     "ScatteredE": (r"HMMA\.16816", r"LDSM", r"STS\.U16"),  # joined_kernel: entries over zeros
     "GatheredE": (r"HMMA\.16816", r"LDSM\.16\.MT88", r"LDGSTS[.\w]*\.128"),  # and of strips
+    "sampled_strips_kernel": (r"HMMA\.16816", r"LDSM\.16\.MT88", r"LDGSTS[.\w]*\.128"),
     "spread_strips_kernel": (r"HMMA\.16816", r"LDS\.128", r"STS\.128"),  # their sums, to columns
     "sparse_product_kernel": (r"SHFL\.IDX",),  # an entry of S for all tokens of a warp
     "few_low_rank_kernel": (r"LDG\.E[.\w]*\.128", r"LD[.\w]*\.STRONG\.GPU"),  # S beside V, U

@@ -123,6 +123,7 @@ void spaces() {
 
 // What a block of spread sums has: pairs of pieces that cover the columns, alike, in whole packs.
 void pieces() {
+  static_assert(kDenseTokens >= kSpreadTokens);  // there are whole groups of tokens
   for (const std::int64_t shared : {std::int64_t{99} * 1024, std::int64_t{163} * 1024, hopper, big})
     for (const std::int64_t n : {1, 7, 16, 300, 896, 897, 4096, 4200, 11008, 100003}) {
       const std::int64_t width = spread_width(n, shared), count = (n + width - 1) / width;
@@ -154,6 +155,16 @@ void sums() {
     assert(tokens < 100003 || s.splits > 1);
     if (s.splits > 1) assert(s.bytes >= static_cast<std::size_t>(s.splits * p.nnz * 4));
   }
+  // Strips: x^T; four parts, as 256 strips are those of 32 multiprocessors.
+  Product strips = product(4090, 0, DType::bf16);
+  strips.nnz = 4096 * 123, strips.row_strips = true;
+  const SampledSpace s(strips, 132, nullptr);
+  assert(s.strips && s.splits == 4 && s.split_inner == 1024 && s.stride == 4096);
+  assert(s.bytes == 4 * 4096 * 123 * 4 + 4096 * 4096 * 2);
+  strips.dtype = DType::f32;
+  assert(!SampledSpace(strips, 132, nullptr).strips);
+  strips.dtype = DType::bf16, strips.nnz = 4096 * 500;
+  assert(!SampledSpace(strips, 132, nullptr).strips);
   const SampledSpace gathered(columns(4096, 123), 132, nullptr);
   assert(gathered.k == 128 && gathered.bytes == 4096 * 128 * 2 + gemm);
 }

@@ -179,17 +179,25 @@ struct ForwardSpace {
   }
 };
 
+inline bool strips_sampled(const Product& p) {
+  return p.half() && p.row_strips && p.nnz > 0 &&
+         static_cast<double>(p.nnz) <=
+             strip_density * static_cast<double>(p.m) * static_cast<double>(p.n);
+}
+
 // The sum over tokens of the values' gradient is cut into as many parts as give every
-// multiprocessor a tile, of 256 tokens at least.
+// multiprocessor a tile or eight strips, of 256 tokens at least.
 struct SampledSpace {
+  bool strips = false;
   std::int64_t splits = 1, split_inner = 0;
   void* partial = nullptr;  // (splits, nnz)
   void* left = nullptr;     // x's columns (T, k)
+  void* turned = nullptr;   // strips: x^T (n, stride), tokens in whole packs
   void* gemm = nullptr;
-  std::int64_t k = 0;
+  std::int64_t k = 0, stride = 0;
   std::size_t bytes = 0;
 
-  SampledSpace(const Product& p, int multiprocessors, void* base) {
+  SampledSpace(const Product& p, int multiprocessors, void* base) : strips(strips_sampled(p)) {
     cuda::Arena arena(base);
     if (p.columns && p.nnz > 0) {
       k = whole_packs(p.nnz / p.m);
@@ -198,12 +206,14 @@ struct SampledSpace {
     } else {
       const std::int64_t tile = p.half() ? 128 : 32;
       const std::int64_t tiles =
-          std::max<std::int64_t>(1, ceil_div(p.m, tile) * ceil_div(p.n, tile));
+          strips ? ceil_div(p.m, 8 * kStrip)
+                 : std::max<std::int64_t>(1, ceil_div(p.m, tile) * ceil_div(p.n, tile));
       splits = std::clamp<std::int64_t>(multiprocessors / tiles, 1,
                                         std::max<std::int64_t>(1, p.tokens / 256));
       split_inner = std::max<std::int64_t>(32, ceil_div(ceil_div(p.tokens, splits), 32) * 32);
       splits = std::max<std::int64_t>(1, ceil_div(p.tokens, split_inner));
       if (splits > 1) partial = arena.take<unsigned char>(splits * p.nnz * p.sum_size());
+      if (strips) stride = whole_packs(p.tokens), turned = arena.take<std::uint16_t>(p.n * stride);
     }
     bytes = arena.used();
   }
