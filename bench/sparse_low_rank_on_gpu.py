@@ -46,6 +46,7 @@ GOALS = [
     Case(128, passes="backward", sltrain=1.5),
     Case(4096, passes="backward", sltrain=1.5),
     Case(4096, passes="sampled", dense=1 / 1.3),
+    Case(4096, "vector16", passes="sampled", dense=1.5),
 ]
 # Where the ways to run it meet: thresholds of sparse_low_rank_plan.h.
 GRID = [Case(t, density=d) for d in (0.01, 0.03, 0.1) for t in (8, 33, 64, 256, 1023, 1024, 16384)]
@@ -56,10 +57,16 @@ GRID += [
     for t in (33, 256, 16384)
 ]
 GRID += [Case(4096, family, "backward") for family in ("vector16", "block16")]
+GRID += [
+    Case(t, "vector16", "backward", d)
+    for d in (0.01, 0.03, 0.06, 0.07)
+    for t in (1023, 1024, 16384)
+]
 TINY = [
     Case(2, n=48, rank=4, density=0.2),
     Case(40, "columns", "backward", n=48, rank=4, density=0.2),
     Case(40, passes="sampled", n=48, rank=4, density=0.2),
+    Case(40, "block16", passes="sampled", n=176, rank=4, density=0.09),
     Case(40, "vector16", "backward", n=48, rank=4, density=0.08),
 ]
 

@@ -106,6 +106,36 @@ def test_large_strips_and_slabs(backend: Backend, family: str) -> None:
     compare((33, 20, 4200, 0), 0.01, torch.float16, backend.device, family)
 
 
+# Sums are spread over columns from 1,024 tokens on: tokens that make no whole groups of 32, strips
+# of fewer rows, some without entries in a piece and some with more than 16, ranks above 128 and of
+# no whole steps, packs and none, two slabs, more than 32 strips.
+@pytest.mark.parametrize(
+    ("size", "density", "layout"),
+    [
+        ((1030, 54, 300, 5), 0.05, "slice"),
+        ((1024, 40, 600, 136), 0.06, "contiguous"),
+        ((1025, 23, 264, 1), 0.004, "contiguous"),
+        ((1056, 21, 4200, 0), 0.02, "slice"),
+        ((1027, 520, 70, 0), 0.02, "contiguous"),
+    ],
+)
+@pytest.mark.parametrize("dtype", HALF)
+def test_spread_sums(
+    backend: Backend,
+    dtype: torch.dtype,
+    size: tuple[int, int, int, int],
+    density: float,
+    layout: str,
+) -> None:
+    compare(size, density, dtype, backend.device, "vector16", layout=layout)
+
+
+# Other GPUs have less shared memory, and blocks then narrower pieces.
+def test_spread_sums_in_narrow_pieces(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STRUCTMAT_EMULATE_SHARED", str(99 * 1024))
+    compare((1024, 32, 600, 8), 0.05, torch.bfloat16, backend.device, "vector16")
+
+
 def test_large_tiles_and_full_rows(backend: Backend) -> None:
     compare((260, 136, 40, 8), 0.9, torch.bfloat16, backend.device)
 
@@ -130,10 +160,16 @@ def test_second_block_of_a_narrow_base(backend: Backend) -> None:
 # A number that is not finite reaches every output of its token, in each of the ways.
 @pytest.mark.parametrize(
     ("tokens", "family"),
-    [*((t, f) for t in (5, 40, 1030) for f in ("uniform", "columns")), (40, "block16")],
+    [
+        *((t, f) for t in (5, 40, 1030) for f in ("uniform", "columns")),
+        (40, "block16"),
+        (1030, "vector16"),
+    ],
 )
 def test_not_finite(backend: Backend, dtype: torch.dtype, tokens: int, family: str) -> None:
-    m, n, density = (17, 20, 0.3) if family != "block16" else (48, 176, 0.09)
+    m, n, density = {"block16": (48, 176, 0.09), "vector16": (40, 176, 0.05)}.get(
+        family, (17, 20, 0.3)
+    )
     pattern = sm.SparsePattern.random(m, n, density, family=family).to(backend.device)
     values = make(pattern.nnz, dtype=dtype, device=backend.device, layout="contiguous")
     x = make(tokens, n, dtype=dtype, device=backend.device)

@@ -7,7 +7,9 @@
 #include "sparse_low_rank/sparse_low_rank_plan.h"
 #include "sparse_low_rank/sparse_product_cuda.cuh"
 #include "sparse_low_rank/sparse_rows_cuda.cuh"
+#include "sparse_low_rank/sparse_sampled_cuda.cuh"
 #include "sparse_low_rank/sparse_scatter_cuda.cuh"
+#include "sparse_low_rank/sparse_spread_cuda.cuh"
 #include "sparse_low_rank/sparse_strips_cuda.cuh"
 #include "sparse_low_rank/sparse_tiles_cuda.cuh"
 
@@ -37,7 +39,7 @@ BackwardSpace backward_space(std::int64_t tokens, const SparseLowRankWeights& we
   p.column_strips = transpose.strip == kStrip;
   const auto has = [](const auto& a) { return a.data != nullptr; };
   const Wanted wanted{has(grads.x), has(grads.u), has(grads.v), has(grads.values), has(grads.bias)};
-  return BackwardSpace(p, wanted, cuda::multiprocessors(), workspace);
+  return BackwardSpace(p, wanted, cuda::multiprocessors(), cuda::max_shared_bytes(), workspace);
 }
 DType sum_type(DType dtype) {
   return dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -191,6 +193,11 @@ void input_gradient(const Context& context, const ConstMatrixView& dy, const Con
     round_sums<T>(context, out);
     return spread_nan<T>(context, dy, dx, r > 0 || base);
   }
+  if constexpr (half)
+    if (space.way == Way::spread) {
+      spread_strips<T>(context, dy, {w.pattern, w.values.data}, dh, w.v, space.spread, dx);
+      return spread_nan<T>(context, dy, dx, r > 0);
+    }
   SparseProduct p;
   p.x = dy, p.pattern = transpose.pattern, p.values = space.values, p.y = dx;
   if constexpr (half)
@@ -217,12 +224,19 @@ void input_gradient(const Context& context, const ConstMatrixView& dy, const Con
 template <class T>
 void sampled(const Context& context, const ConstMatrixView& dy, const ConstMatrixView& x,
              const SparsePatternView& pattern, const SampledSpace& space, void* values) {
-  if (space.k == 0) return sample<T>(context, dy, x, pattern, space, values);
-  const Joined left = columns_of(x, pattern, space.left, space.k, space.k);
-  join<T>(context, left);
-  const MatrixView gathered(space.left, x.dtype, x.rows, left.count, space.k);
-  Gemms{context, space.gemm}(dy, true, gathered, false,
-                             {values, x.dtype, pattern.rows, left.count, left.count});
+  if (space.k > 0) {
+    const Joined left = columns_of(x, pattern, space.left, space.k, space.k);
+    join<T>(context, left);
+    const MatrixView gathered(space.left, x.dtype, x.rows, left.count, space.k);
+    return Gemms{context, space.gemm}(dy, true, gathered, false,
+                                      {values, x.dtype, pattern.rows, left.count, left.count});
+  }
+  if (pattern.nnz == 0) return;
+  if (!space.strips)
+    sample_tiles<T>(context, dy, x, pattern, space, values);
+  else if constexpr (sizeof(T) == 2)
+    sample_strips<T>(context, dy, x, pattern, space, values);
+  if (space.splits > 1) add_parts<T>(context, space, pattern.nnz, values);
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ enum class Way : int {
   few,      // few tokens: lanes over entries; one launch, h beside the sparse product
   sparse,   // a warp per row, lanes over tokens; x in shared memory
   strips,   // tensor cores; strips of 16 rows have the same columns, which are gathered
+  spread,   // tensor cores; strips of 16 columns have the same rows: sums are spread over these
   tiles,    // tensor cores; tiles of S are scattered into shared memory
   dense     // tensor cores; W = U V + S + base is written to memory, rounded once
 };
@@ -32,11 +33,13 @@ constexpr double half_density = 0.02, full_density = 0.25;
 // A strip of 16 rows fetches its columns for itself, 2 / 16 bytes of L2 cache per multiply-add:
 // 4096 tokens of n = m = 4096 take 16 us per percent and 14 us for x^T, a dense product 139 us.
 //
-// The transpose of vectors (but not of blocks) has no strips. Its sums could be spread: 16 rows of
-// a strip times 16 tokens give a tensor core the sums of 8 columns, to be added where these lie in
-// shared memory, 119 TFLOP/s at best; with padding and bank conflicts 25 us per percent. Not done:
-// for few tokens `tiles` takes it, for many `dense`, which writes W.
+// The transpose of vectors (but not of blocks) has no strips. There 16 rows of a strip times an
+// entry give one sum for each token, to be added where the entry's column lies: 8 bytes of shared
+// memory per 16 multiply-adds, 119 TFLOP/s at best, 35 us at 3 %. With what else a step takes it is
+// 71 us, 130 at 6 %, and some 25 us beside S (r = 128); written out, W takes 154 us. On an A100 130
+// us and 210 against 460, so that it would pay up to 10 % and more.
 constexpr double strip_density = 0.105;  // a drawn 10 % is a little more or less
+constexpr double spread_density = 0.063;
 constexpr std::int64_t kStrip = 16;
 constexpr std::int64_t kFewTokens = 32;      // up to here the time is that of reading the weights
 constexpr std::int64_t kDenseTokens = 1024;  // writing W is then a fourth of the product, n = 4096
@@ -73,6 +76,9 @@ inline Way way_of(const Product& p) {
   // With a base the product is dense anyway.
   if (p.half() && p.row_strips && p.nnz > 0 && !p.base && density <= strip_density)
     return Way::strips;
+  if (p.half() && p.column_strips && p.nnz > 0 && !p.base && p.tokens >= kDenseTokens &&
+      density <= spread_density)
+    return Way::spread;
   if (density < (p.half() ? half_density : full_density)) return Way::sparse;
   if (p.tokens >= kDenseTokens) return Way::dense;
   return p.half() ? Way::tiles : Way::sparse;
@@ -98,6 +104,42 @@ struct StripSpace {
     turned = arena.take<std::uint16_t>(p.n * stride);
     columns = arena.take<std::int32_t>(steps * kStrip);
     values = arena.take<std::uint16_t>(steps * kStrip * kStrip);
+  }
+};
+
+// Of Way::spread. A warp has the sums of kSpreadTokens tokens and `width` columns, a piece, in
+// shared memory, which a block takes whole: four warps, of two pieces, which have the same numbers
+// of dy, and two groups of tokens, which have the same entries.
+constexpr std::int64_t kSpreadTokens = 32, kSpreadWarps = 4, kSpreadAcross = 2;
+
+// 448 columns at most on Hopper, 320 where a block has 163 KB, 192 where it has 99 KB, and
+// no more than 16 bits tell apart: as few pairs of pieces as there can be, alike.
+constexpr std::int64_t spread_width(std::int64_t columns, std::int64_t shared_bytes) {
+  const std::int64_t room =
+      std::min<std::int64_t>(shared_bytes / (kSpreadWarps * kSpreadTokens * 4) / 8 * 8, 504);
+  const std::int64_t pairs = std::max<std::int64_t>(1, ceil_div(columns, kSpreadAcross * room));
+  return whole_packs(ceil_div(std::max<std::int64_t>(1, columns), kSpreadAcross * pairs));
+}
+
+struct SpreadSpace {
+  void* turned = nullptr;  // V^T (n, stride)
+  void* bounds = nullptr;  // (pieces, strips): which entries of the strip lie there, from and to
+  void* places = nullptr;  // (entries): where the sums of its column lie, 16 bits
+  void* values = nullptr;  // (entries, 16 rows)
+  std::int64_t stride = 0, strips = 0, width = 0, pieces = 0;
+
+  SpreadSpace() = default;
+  // S (m, n) has the strips. The last may have fewer rows, hence more columns than entries / 16.
+  SpreadSpace(const Product& p, std::int64_t shared_bytes, cuda::Arena& arena)
+      : stride(ceil_div(p.r, kStrip) * kStrip),
+        strips(ceil_div(p.m, kStrip)),
+        width(spread_width(p.n, shared_bytes)),
+        pieces(ceil_div(p.n, width)) {
+    const std::int64_t entries = p.nnz / kStrip + (p.m % kStrip == 0 ? 0 : p.n);
+    turned = arena.take<std::uint16_t>(p.n * stride);
+    bounds = arena.take<std::int64_t>(pieces * strips);
+    places = arena.take<std::uint16_t>(entries);
+    values = arena.take<std::uint16_t>(entries * kStrip);
   }
 };
 
@@ -137,17 +179,25 @@ struct ForwardSpace {
   }
 };
 
+inline bool strips_sampled(const Product& p) {
+  return p.half() && p.row_strips && p.nnz > 0 &&
+         static_cast<double>(p.nnz) <=
+             strip_density * static_cast<double>(p.m) * static_cast<double>(p.n);
+}
+
 // The sum over tokens of the values' gradient is cut into as many parts as give every
-// multiprocessor a tile, of 256 tokens at least.
+// multiprocessor a tile or eight strips, of 256 tokens at least.
 struct SampledSpace {
+  bool strips = false;
   std::int64_t splits = 1, split_inner = 0;
   void* partial = nullptr;  // (splits, nnz)
   void* left = nullptr;     // x's columns (T, k)
+  void* turned = nullptr;   // strips: x^T (n, stride), tokens in whole packs
   void* gemm = nullptr;
-  std::int64_t k = 0;
+  std::int64_t k = 0, stride = 0;
   std::size_t bytes = 0;
 
-  SampledSpace(const Product& p, int multiprocessors, void* base) {
+  SampledSpace(const Product& p, int multiprocessors, void* base) : strips(strips_sampled(p)) {
     cuda::Arena arena(base);
     if (p.columns && p.nnz > 0) {
       k = whole_packs(p.nnz / p.m);
@@ -156,12 +206,14 @@ struct SampledSpace {
     } else {
       const std::int64_t tile = p.half() ? 128 : 32;
       const std::int64_t tiles =
-          std::max<std::int64_t>(1, ceil_div(p.m, tile) * ceil_div(p.n, tile));
+          strips ? ceil_div(p.m, 8 * kStrip)
+                 : std::max<std::int64_t>(1, ceil_div(p.m, tile) * ceil_div(p.n, tile));
       splits = std::clamp<std::int64_t>(multiprocessors / tiles, 1,
                                         std::max<std::int64_t>(1, p.tokens / 256));
       split_inner = std::max<std::int64_t>(32, ceil_div(ceil_div(p.tokens, splits), 32) * 32);
       splits = std::max<std::int64_t>(1, ceil_div(p.tokens, split_inner));
       if (splits > 1) partial = arena.take<unsigned char>(splits * p.nnz * p.sum_size());
+      if (strips) stride = whole_packs(p.tokens), turned = arena.take<std::uint16_t>(p.n * stride);
     }
     bytes = arena.used();
   }
@@ -177,13 +229,15 @@ struct BackwardSpace {
   void* values;   // in the order of the transposed pattern
   void* columns;  // (T, k) of the type of sums: dy times the columns of S
   StripSpace strips;
+  SpreadSpace spread;
   void* bias_partial;
   void* gemm;
   void* sampled;  // a SampledSpace
   std::int64_t k;
   std::size_t bytes;
 
-  BackwardSpace(const Product& p, const Wanted& wanted, int multiprocessors, void* base)
+  BackwardSpace(const Product& p, const Wanted& wanted, int multiprocessors,
+                std::int64_t shared_bytes, void* base)
       : way(way_of(p.transposed())) {
     cuda::Arena arena(base);
     const auto take = [&](bool needed, std::int64_t count, std::int64_t size) -> void* {
@@ -199,6 +253,7 @@ struct BackwardSpace {
     values = take(wanted.x && (sparse || way == Way::tiles), p.nnz, element);
     columns = take(wanted.x && way == Way::columns, p.tokens * k, p.sum_size());
     if (wanted.x && way == Way::strips) strips = StripSpace(p.transposed(), arena);
+    if (wanted.x && way == Way::spread) spread = SpreadSpace(p, shared_bytes, arena);
     bias_partial = take(
         wanted.bias, static_cast<std::int64_t>(cuda::column_sum_bytes(p.tokens, p.m, p.dtype)), 1);
     gemm = take(wanted.x || wanted.u || wanted.v, cuda::kGemmWorkspace, 1);

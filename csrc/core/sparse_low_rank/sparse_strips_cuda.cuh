@@ -120,16 +120,30 @@ __device__ void pack_strip(const Strips& s, std::int64_t number, const StripSpac
   }
 }
 
-template <class T>
+template <class T, class Space>
 __global__ void __launch_bounds__(kTurnThreads)
     prepare_strips_kernel(ConstMatrixView x, bool x_packs, std::int64_t tiles, Strips s,
-                          StripSpace space) {
+                          Space space) {
   __shared__ T shared[kTurn][kTurn + 1];
   const std::int64_t block = blockIdx.x;
   if (block < tiles)
     turn<T>(x, x_packs, static_cast<T*>(space.turned), space.stride, block, shared);
   else
     pack_strip<T>(s, block - tiles, space);
+}
+
+// x^T, and values in the order of the space.
+template <class T, class Space>
+void prepare_strips(const Context& context, const ConstMatrixView& x, const Strips& strips,
+                    const Space& space) {
+  const std::int64_t tiles = ceil_div(x.cols, kTurn) * ceil_div(space.stride, kTurn);
+  const std::int64_t blocks = tiles + strips.count();
+  STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,
+                  "sparse_low_rank_linear: more than 2^31 tiles, which no launch takes");
+  const bool packs =
+      reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.row_stride % cuda::kPack == 0;
+  SM_LAUNCH((prepare_strips_kernel<T, Space>), static_cast<unsigned>(blocks), kTurnThreads, 0,
+            context.stream, x, packs, tiles, strips, space);
 }
 
 struct Gathered {
@@ -208,14 +222,7 @@ void multiply_strips(const Context& context, const SparseProduct& p, const Strip
                      const ConstMatrixView& h, const ConstMatrixView& u, bool transposed,
                      const StripSpace& space) {
   if (p.y.rows == 0 || p.y.cols == 0) return;
-  const std::int64_t tiles = ceil_div(p.x.cols, kTurn) * ceil_div(space.stride, kTurn);
-  const std::int64_t blocks = tiles + strips.count();
-  STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,
-                  "sparse_low_rank_linear: more than 2^31 tiles, which no launch takes");
-  const bool packs =
-      reinterpret_cast<std::uintptr_t>(p.x.data) % 16 == 0 && p.x.row_stride % cuda::kPack == 0;
-  SM_LAUNCH(prepare_strips_kernel<T>, static_cast<unsigned>(blocks), kTurnThreads, 0,
-            context.stream, p.x, packs, tiles, strips, space);
+  prepare_strips<T>(context, p.x, strips, space);
   multiply_joined<T>(context, p, h, u, {}, transposed, Gathered{strips.pattern, space});
 }
 

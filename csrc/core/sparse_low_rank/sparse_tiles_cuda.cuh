@@ -117,6 +117,13 @@ __global__ void __launch_bounds__(256)
   values[e] = cuda::rounded<T>(sum);
 }
 
+template <class T>
+void add_parts(const Context& context, const SampledSpace& space, std::int64_t nnz, void* values) {
+  SM_LAUNCH(add_parts_kernel<T>, static_cast<unsigned>(ceil_div(nnz, 256)), 256, 0, context.stream,
+            static_cast<const accumulator_t<T>*>(space.partial), space.splits, nnz,
+            static_cast<T*>(values));
+}
+
 // p: A = U, B = V^T, C = W.
 template <class T, class Engine>
 __global__ void __launch_bounds__(Engine::kThreads, Engine::kBlocks)
@@ -156,11 +163,10 @@ void launch_sampled(const Context& context, const StridedProduct& p,
             Engine::kThreads, sizeof(EntryTile<Engine>), context.stream, p, pattern, out);
 }
 
-// values = (dy^T x) on the support
+// values = (dy^T x) on the support, or its parts
 template <class T>
-void sample(const Context& context, const ConstMatrixView& dy, const ConstMatrixView& x,
-            const SparsePatternView& pattern, const SampledSpace& space, void* values) {
-  if (pattern.nnz == 0) return;
+void sample_tiles(const Context& context, const ConstMatrixView& dy, const ConstMatrixView& x,
+                  const SparsePatternView& pattern, const SampledSpace& space, void* values) {
   using cuda::Axis;
   StridedProduct p;
   p.dtype = dy.dtype, p.batches = 1, p.rows = pattern.rows, p.cols = pattern.cols;
@@ -180,10 +186,6 @@ void sample(const Context& context, const ConstMatrixView& dy, const ConstMatrix
   } else {
     launch_sampled<T, SimtEngine<T>>(context, p, pattern, out);
   }
-  if (p.splits == 1) return;
-  SM_LAUNCH(add_parts_kernel<T>, static_cast<unsigned>(ceil_div(pattern.nnz, 256)), 256, 0,
-            context.stream, static_cast<const accumulator_t<T>*>(out), p.splits, pattern.nnz,
-            static_cast<T*>(values));
 }
 
 template <class T, class Engine>
