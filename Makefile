@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-CLANG_FORMAT := git ls-files '*.cpp' '*.h' '*.cu' | xargs $(BIN)/clang-format
+CLANG_FORMAT := git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format
 
 # Workers with one thread each, but for the tests that set a number of threads. Tests that share something
 # costly to make stay on one worker.
