@@ -121,17 +121,15 @@ def decompose(
     A, scale = scaled("W", W, op)
     moments = Moments(inputs, A, op)
 
+    whole = energy(A, moments)
     how = rank, wanted, family, iterations, seed
     with torch.autocast(W.device.type, enabled=False):
         if moments.plain or density == 1:  # where S takes all that U V leaves, whatever the norm
             found = nearest(A, *how)
-        elif moments.full is not None:
-            found = nearest_in(moments, A.double(), *how)
         else:
-            found = _nearest_in_columns(moments.diagonal, A, how)
+            found = _nearest_in_columns(moments, whole, A, how)
     U, V = balanced(found.P, found.V, scale, W.dtype)
     values = (found.values * scale).to(W.dtype)
-    whole = energy(A, moments)
     S = found.pattern.scatter(values)
     error = relative(lost(W, U, V, S, scale, moments), whole)
     check_finite(op, W.dtype, error, U, V, values)
@@ -139,16 +137,26 @@ def decompose(
     return SparseLowRank(U, V, found.pattern, values, error, errors)
 
 
-def _nearest_in_columns(d: Tensor, W: Tensor, how: tuple[int, int, str, int, int]) -> Found:
-    """In the norm of a diagonal: the nearest matrix to ``W diag(d)^(1/2)``, divided by it again."""
-    root = d.sqrt().to(W.dtype)
-    found = nearest(W * root, *how)
-    seen = root > torch.finfo(root.dtype).tiny  # so that its inverse is a number
+def _nearest_in_columns(
+    moments: Moments, whole: float, W: Tensor, how: tuple[int, int, str, int, int]
+) -> Found:
+    """In the norm of moments: the nearest matrix to ``W D^(1/2)``, ``D`` their diagonal, divided by
+    it again."""
+    root = moments.diagonal.sqrt().to(W.dtype)
+    limits = torch.finfo(root.dtype)
+    if moments.full is None:
+        seen = root > limits.tiny  # so that its inverse is a number
+        found = nearest(W * root, *how)
+    else:
+        seen = root > limits.eps * root.max()  # the rest is less than the rounding of an output
+        C = moments.correlations(seen)
+        found = nearest_in(C, whole, torch.where(seen, W * root, 0.0), *how)
     inverse = torch.where(seen, 1 / root, 0.0)
     places = found.pattern._flat()
     column = places % W.shape[1]
     V, values = found.V * inverse, found.values * inverse[column]
     if not bool(seen.all()):  # what costs nothing is approximated as if it did
+        W = W.to(V.dtype)
         V = torch.where(seen, V, found.P.T @ W)
         values = torch.where(seen[column], values, (W - found.P @ V).view(-1)[places])
     return found._replace(V=V, values=values)

@@ -49,6 +49,12 @@ class Moments:
             return X @ self.full
         return X if self.plain else X * self.diagonal
 
+    def correlations(self, seen: Tensor) -> Tensor:
+        """``D^(-1/2) C D^(-1/2)``, ``D = diag(C)``, of the inputs seen; zero for the others."""
+        assert self.full is not None
+        inverse = torch.where(seen, self.diagonal.rsqrt(), 0.0)
+        return self.full * inverse * inverse[:, None]
+
     def root(self, X: Tensor) -> Tensor:
         """Some ``Y`` with ``Y Y^T = X C X^T``."""
         if self.full is None:
