@@ -75,67 +75,97 @@ def nearest_in(
 
     S is a majorisation step: the largest entries of ``S + E C / t``, ``E = W - P V - S``. ``t`` is
     the curvature that the step before met (Barzilai, Borwein 1988), raised until the error falls.
-
-    Steps are taken in the dtype of W, until the error is too small for it. It is followed by what
-    each gains, ``<A - B, (A + B) C>`` from A to B, the rounding of which shrinks with the step, as
-    that of ``<E, E C>`` does not. Once it has fallen to 1/16 it is measured again, in float64.
     """
-    (m, n), dtype = W.shape, W.dtype
-    near = C.to(dtype)
-    P = _start(W @ near, W, rank, seed)
-    V, S = P.T @ W, torch.zeros_like(W)
-    W, near, P, V, S, E, F, loss = _measured(C, whole, W, P, V, S)  # F = E C
-    measured = loss
+    m, n = W.shape
+    now = _Residual(C, whole, W, rank, seed)
     chosen: Tensor | None = None
     losses: list[float] = []
     t, limit = 1.0, 2.0 * n
     for i in range(iterations):
         if i and rank:
-            X, G = W - S, F + P @ (V @ near)  # G = X C
-            P_new = orthonormalize(G @ (X.T @ P))
-            V_new = P_new.T @ X
-            E_new = torch.addmm(X, P_new, V_new, alpha=-1)
-            F_new = torch.addmm(G, P_new, P_new.T @ G, alpha=-1)
-            gain = _dot(E - E_new, F + F_new)
-            if gain >= 0:
-                P, V, E, F, loss = P_new, V_new, E_new, F_new, loss - gain
+            now.turn()
         while True:
-            Z = torch.add(S, F, alpha=1 / t)
-            places = best(Z.square(), wanted, family)
-            step = Z.mul_(covered(places, m, n, family)).sub_(S)
-            image = step @ near
-            bend, length = _dot(step, image), _squares(step)
-            gain = 2 * _dot(step, F) - bend
-            curvature = bend / length if length else 0.0
+            places, gain, curvature = now.look(t, wanted, family)
             if gain >= 0 or (chosen is None and t >= limit):
-                chosen, loss, t = places, loss - gain, max(1.0, curvature)
-                S, E, F = S.add_(step), E.sub_(step), F.sub_(image)
+                chosen, t = places, max(1.0, curvature)
+                now.step(gain)
                 break
             if t >= limit:
                 break
             t = max(2 * t, curvature)
-        if loss < measured / 16:
-            W, near, P, V, S, E, F, loss = _measured(C, whole, W, P, V, S)
-            measured = loss
-        losses.append(min([loss, *losses[-1:]]))  # measured, it may be more by rounding
-        if _done(losses, whole, dtype):
+        now.check()
+        losses.append(min([now.loss, *losses[-1:]]))  # measured anew, it may be more by rounding
+        if _done(losses, whole, W.dtype):
             break
     assert chosen is not None
     pattern = SparsePattern._from_chosen(m, n, family, chosen)
-    return Found(P, V, pattern, pattern.gather(S), losses)
+    return Found(now.P, now.V, pattern, pattern.gather(now.S), losses)
 
 
-def _measured(
-    C: Tensor, whole: float, W: Tensor, P: Tensor, V: Tensor, S: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float]:
-    """``W, C, P, V, S``, ``E = W - P V - S``, ``E C`` and ``<E, E C>``, computed in float64: tensors
-    in the dtype of W or, where that does not resolve the error, in float64."""
-    E = torch.addmm(W.double() - S, P.double(), V.double(), alpha=-1)
-    F = E @ C
-    loss = inner(E, F)
-    dtype = torch.float64 if loss < _SMALL * whole else W.dtype
-    W, C, P, V, S, E, F = (X.to(dtype) for X in (W, C, P, V, S, E, F))
-    return W, C, P, V, S, E, F, loss
+class _Residual:
+    """``E = W - P V - S``, ``F = E C``, ``H = V C`` and ``loss = <E, F>``.
+
+    All in the dtype of W, until the loss is too small for it. The loss follows by what each step
+    gains, ``<A - B, (A + B) C>`` from A to B, the rounding of which shrinks with the step, as that
+    of ``<E, F>`` does not. Once it has fallen to 1/16 all are computed again, in float64.
+
+    Matrices of the size of W are written to where they are: new memory costs as much as a product.
+    """
+
+    def __init__(self, C: Tensor, whole: float, W: Tensor, rank: int, seed: int) -> None:
+        self.exact, self.whole, self.W, self.C = C, whole, W, C.to(W.dtype)
+        self.P = _start(W @ self.C, W, rank, seed)
+        self.V, self.S = self.P.T @ W, torch.zeros_like(W)
+        self.measure()
+
+    def check(self) -> None:
+        if self.loss < self.measured / 16:
+            self.measure()
+
+    def measure(self) -> None:
+        E = torch.addmm(self.W.double() - self.S, self.P.double(), self.V.double(), alpha=-1)
+        F = E @ self.exact
+        self.loss = self.measured = inner(E, F)
+        if self.loss < _SMALL * self.whole:
+            self.W, self.P, self.V, self.S = (
+                X.double() for X in (self.W, self.P, self.V, self.S)
+            )
+            self.C = self.exact
+        self.E, self.F, self.H = E.to(self.W.dtype), F.to(self.W.dtype), self.V @ self.C
+        self.work = [torch.empty_like(self.E) for _ in range(3)]
+
+    def turn(self) -> None:
+        """P by a sweep of subspace iteration, and the best V for it."""
+        A, B, D = self.work
+        X = torch.sub(self.W, self.S, out=A)
+        G = torch.addmm(self.F, self.P, self.H, out=B)  # X C
+        P = orthonormalize(G @ (X.T @ self.P))
+        V, H = P.T @ X, P.T @ G
+        E, F = X.addmm_(P, V, alpha=-1), G.addmm_(P, H, alpha=-1)
+        change = torch.sub(self.E, E, out=D)
+        gain = _dot(change, self.F) + _dot(change, F)
+        if gain >= 0:
+            self.P, self.V, self.H, self.loss = P, V, H, self.loss - gain
+            self.work = [self.E, self.F, D]
+            self.E, self.F = E, F
+
+    def look(self, t: float, wanted: int, family: str) -> tuple[Tensor, float, float]:
+        """Where S would be after a step of ``1 / t``, what that would gain, and its curvature."""
+        change, image, scratch = self.work
+        Z = torch.add(self.S, self.F, alpha=1 / t, out=change)
+        places = best(torch.mul(Z, Z, out=scratch), wanted, family)
+        Z.mul_(covered(places, *Z.shape, family)).sub_(self.S)
+        torch.mm(change, self.C, out=image)
+        bend, length = _dot(change, image), _squares(change)
+        return places, 2 * _dot(change, self.F) - bend, bend / length if length else 0.0
+
+    def step(self, gain: float) -> None:
+        """The one looked at last."""
+        change, image, _ = self.work
+        self.S += change
+        self.E -= change
+        self.F -= image
+        self.loss -= gain
 
 
 def _start(G: Tensor, X: Tensor, rank: int, seed: int) -> Tensor:

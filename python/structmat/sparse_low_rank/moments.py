@@ -32,8 +32,9 @@ class Moments:
         if inputs.dim() == 2:
             C = _check_moments(inputs, 1, n, W.device, op)
             slack = n * 8 * torch.finfo(inputs.dtype).eps
-            eye = torch.eye(n, dtype=C.dtype, device=C.device)
-            if int(torch.linalg.cholesky_ex(C + slack * eye).info):
+            shifted = C.clone()
+            shifted.diagonal().add_(slack)
+            if int(torch.linalg.cholesky_ex(shifted).info):
                 raise ValueError(f"{op}: inputs has negative eigenvalues, wanted second moments")
             self.full, self.diagonal = C, C.diagonal().clamp_min(0)
             return
