@@ -14,6 +14,7 @@ from .moments import inner
 _SWEEPS = 6  # of subspace iteration before the first support is chosen
 _STALLED = 1e-4  # of the squared error: an iteration that takes less is the last
 _SMALL = 2.0**-20  # of the squared norm: an error that float32 has no digits for
+_LONG = 0.7  # at 0.5 steps fail too often; with 1 ill-conditioned blocks keep up to 11 % more error
 _EXACT = 4.0  # roundings of W: nothing but these is left
 
 
@@ -74,7 +75,8 @@ def nearest_in(
     """In the norm of correlations of inputs, ``||(W - P V - S) C^(1/2)||_F``, with ``diag(C) = 1``.
 
     S is a majorisation step: the largest entries of ``S + E C / t``, ``E = W - P V - S``. ``t`` is
-    the curvature that the step before met (Barzilai, Borwein 1988), raised until the error falls.
+    0.7 of the curvature that the step before met (after Barzilai, Borwein 1988), raised until the
+    error falls.
     """
     m, n = W.shape
     now = _Residual(C, whole, W, rank, seed)
@@ -87,7 +89,7 @@ def nearest_in(
         while True:
             places, gain, curvature = now.look(t, wanted, family)
             if gain >= 0 or (chosen is None and t >= limit):
-                chosen, t = places, max(1.0, curvature)
+                chosen, t = places, max(1.0, _LONG * curvature)
                 now.step(gain)
                 break
             if t >= limit:
