@@ -388,7 +388,7 @@ def test_float32_is_as_good_as_float64(name: str) -> None:
     W = torch.randn(m, 3) @ torch.randn(3, n) / 2 + torch.randn(m, n)
     found, wide = decompose(W, rank, 0.2, inputs=C), decompose(W.double(), rank, 0.2, inputs=C)
     assert found.error == pytest.approx(error_of(W, dense(found), C), rel=1e-8, abs=1e-12)
-    assert found.error == pytest.approx(found.errors[-1], rel=0.01, abs=1e-6)
+    assert found.error == pytest.approx(found.errors[-1], rel=1e-3, abs=1e-6)
     assert found.errors == sorted(found.errors, reverse=True)
     assert found.error <= 1.02 * wide.error + 1e-6
     assert found.error <= plain_descent(W, C, rank, round(0.2 * m * n), 40) + 1e-6
@@ -398,10 +398,8 @@ def test_float32_is_as_good_as_float64(name: str) -> None:
 def test_an_error_too_small_for_float32(family: str) -> None:
     m, n = 96, 64
     W, C = torch.randn(m, n), ill_conditioned("rank n/8", n)
-    support = sm.SparsePattern.random(m, n, 0.3, family=family, seed=1)
     C += 1e-10 * torch.eye(n)  # what S cannot reach: 1e-4 of the norm, more or less
     found = decompose(W, 2, 0.3, family=family, inputs=C, iterations=200)
-    assert found.pattern.nnz == support.nnz
     assert found.error < 1e-3
     assert found.error == pytest.approx(error_of(W, dense(found), C), rel=1e-8)
     assert found.errors[-1] == pytest.approx(found.error, rel=0.01)

@@ -129,9 +129,7 @@ class _Residual:
         F = E @ self.exact
         self.loss = self.measured = inner(E, F)
         if self.loss < _SMALL * self.whole:
-            self.W, self.P, self.V, self.S = (
-                X.double() for X in (self.W, self.P, self.V, self.S)
-            )
+            self.W, self.P, self.V, self.S = (X.double() for X in (self.W, self.P, self.V, self.S))
             self.C = self.exact
         self.E, self.F, self.H = E.to(self.W.dtype), F.to(self.W.dtype), self.V @ self.C
         self.work = [torch.empty_like(self.E) for _ in range(3)]
