@@ -154,7 +154,7 @@ class _Residual:
         change, image, scratch = self.work
         Z = torch.add(self.S, self.F, alpha=1 / t, out=change)
         places = best(torch.mul(Z, Z, out=scratch), wanted, family)
-        Z.mul_(covered(places, *Z.shape, family)).sub_(self.S)
+        Z.mul_(covered(places, len(Z), Z.shape[1], family)).sub_(self.S)
         torch.mm(change, self.C, out=image)
         bend, length = _dot(change, image), _squares(change)
         return places, 2 * _dot(change, self.F) - bend, bend / length if length else 0.0
