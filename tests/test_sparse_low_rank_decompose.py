@@ -342,3 +342,64 @@ def test_global_ranks_are_refused() -> None:
         sm.compress(
             network(), method="sparse_low_rank", ranks="global", calibration=[torch.ones(2, 48)]
         )
+
+
+def ill_conditioned(name: str, n: int) -> Tensor:
+    Q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
+    k = torch.arange(n, dtype=torch.float64) / (n - 1)
+    values = {
+        "1e8": 10 ** (-8 * k),
+        "1e16": 10 ** (-16 * k),
+        "spike": torch.where(k == 0, 1e8, 10 ** (-4 * k)),
+        "rank n/2": torch.where(k < 0.5, 10 ** (-2 * k), 0),
+        "rank n/8": (k < 0.125).double(),
+    }.get(name, 10 ** (-3 * k))
+    root = Q * values.sqrt()
+    if name == "columns apart":
+        root *= torch.logspace(-4, 0, n).double()[:, None]
+    if name == "zero columns":
+        root[: n // 4] = 0
+    C = root @ root.T
+    return (C + C.T) / 2
+
+
+def plain_descent(W: Tensor, C: Tensor, rank: int, nnz: int, iterations: int) -> float:
+    """The error of the same alternation in float64 throughout, with SVDs and the safe step."""
+    W, S, D = W.double(), torch.zeros_like(W).double(), C.diagonal().clamp_min(1e-300)
+    values, Q = torch.linalg.eigh(C)
+    root = Q * values.clamp_min(0).sqrt()
+    scaled = C / D.sqrt() / D.sqrt()[:, None]
+    t = float(torch.linalg.eigvalsh(scaled)[-1])
+    for _ in range(iterations):
+        P = torch.linalg.svd((W - S) @ root, full_matrices=False).U[:, :rank]
+        E = W - S - P @ (P.T @ (W - S))
+        Z = S + E @ C / (t * D)
+        least = (Z.square() * D).flatten().kthvalue(Z.numel() - nnz).values
+        S = Z * (Z.square() * D > least)
+    return error_of(W, P @ (P.T @ (W - S)) + S, C)
+
+
+@pytest.mark.parametrize(
+    "name", ["1e8", "1e16", "spike", "rank n/2", "rank n/8", "zero columns", "columns apart"]
+)
+def test_float32_is_as_good_as_float64(name: str) -> None:
+    m, n, rank = 80, 64, 4
+    C = ill_conditioned(name, n)
+    W = torch.randn(m, 3) @ torch.randn(3, n) / 2 + torch.randn(m, n)
+    found, wide = decompose(W, rank, 0.2, inputs=C), decompose(W.double(), rank, 0.2, inputs=C)
+    assert found.error == pytest.approx(error_of(W, dense(found), C), rel=1e-8, abs=1e-12)
+    assert found.error == pytest.approx(found.errors[-1], rel=1e-3, abs=1e-6)
+    assert found.errors == sorted(found.errors, reverse=True)
+    assert found.error <= 1.02 * wide.error + 1e-6
+    assert found.error <= plain_descent(W, C, rank, round(0.2 * m * n), 40) + 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_error_too_small_for_float32(family: str) -> None:
+    m, n = 96, 64
+    W, C = torch.randn(m, n), ill_conditioned("rank n/8", n)
+    C += 1e-10 * torch.eye(n)  # what S cannot reach: 1e-4 of the norm, more or less
+    found = decompose(W, 2, 0.3, family=family, inputs=C, iterations=200)
+    assert found.error < 1e-3
+    assert found.error == pytest.approx(error_of(W, dense(found), C), rel=1e-8)
+    assert found.errors[-1] == pytest.approx(found.error, rel=0.01)

@@ -117,8 +117,9 @@ def fit_each(
 
 
 def damped(moment: Tensor) -> Tensor:
-    ridge = _RIDGE * moment.diagonal().mean()
-    return moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    moment = moment.clone()
+    moment.diagonal().add_(_RIDGE * moment.diagonal().mean())
+    return moment
 
 
 def output_error(W: Tensor, approximation: Tensor, moment: Tensor) -> float:

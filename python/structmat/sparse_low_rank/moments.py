@@ -32,8 +32,9 @@ class Moments:
         if inputs.dim() == 2:
             C = _check_moments(inputs, 1, n, W.device, op)
             slack = n * 8 * torch.finfo(inputs.dtype).eps
-            eye = torch.eye(n, dtype=C.dtype, device=C.device)
-            if int(torch.linalg.cholesky_ex(C + slack * eye).info):
+            shifted = C.clone()
+            shifted.diagonal().add_(slack)
+            if int(torch.linalg.cholesky_ex(shifted).info):
                 raise ValueError(f"{op}: inputs has negative eigenvalues, wanted second moments")
             self.full, self.diagonal = C, C.diagonal().clamp_min(0)
             return
@@ -48,6 +49,12 @@ class Moments:
         if self.full is not None:
             return X @ self.full
         return X if self.plain else X * self.diagonal
+
+    def correlations(self, seen: Tensor) -> Tensor:
+        """``D^(-1/2) C D^(-1/2)``, ``D = diag(C)``, of the inputs seen; zero for the others."""
+        assert self.full is not None
+        inverse = torch.where(seen, self.diagonal.rsqrt(), 0.0)
+        return self.full * inverse * inverse[:, None]
 
     def root(self, X: Tensor) -> Tensor:
         """Some ``Y`` with ``Y Y^T = X C X^T``."""

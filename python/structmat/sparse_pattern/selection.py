@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .families import STRIP, by_place, rows_in_group, shares
 
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 14
 
 
 def best(scores: Tensor, wanted: int, family: str) -> Tensor:
