@@ -2,6 +2,11 @@
 """More than 2^31 elements, and elements more than 2^31 apart, in little memory: views that repeat a
 vector, and files with holes. The large ones, called huge, have no part in the sanitizers' run."""
 
+import ctypes
+import mmap
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -124,3 +129,21 @@ def test_elements_far_apart(backend, dtype, order, tmp_path):
     assert (Q @ (Q.T @ tall.double()) - tall.double()).norm() <= error
     S = sm.linalg.StreamingSVD(shape[1], 3, dtype=dtype).update(A).result().S
     assert (S - truth[:3]).abs().max() <= error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux alone")
+def test_empty_results_ask_for_no_large_pages():
+    """Numbers that are none begin at address 0: what lies there is not theirs."""
+    libc, size = ctypes.CDLL(None), 2 << 20
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    fixed = 0x100000 | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # MAP_FIXED_NOREPLACE
+    if libc.mmap(size, size, mmap.PROT_READ, fixed, -1, 0) != size:
+        pytest.skip("the second 2 MB of addresses are in use")
+    try:
+        sm.ops.block_diagonal_linear(torch.ones(0, 2), torch.ones(1, 1 << 21, 2))
+        facts = Path("/proc/self/smaps").read_text().split(f"{size:08x}-")[1]
+        assert " hg" not in facts.split("VmFlags:")[1].split("\n")[0]
+    finally:
+        libc.munmap(size, size)

@@ -98,7 +98,7 @@ inline Vec<S> load_words(const T* p, std::int64_t count) {
 
 // A factor as these products read it: in place, or, where its numbers must be widened, paired or
 // have no regular strides, a copy, whole rows or whole columns as they lie. All blocks are copied
-// by prepare(), or, for few tokens, each when it is multiplied.
+// by prepare(), or, for one tile of tokens, each when it is multiplied.
 template <class S, class T, bool kPairs>
 struct LaneWeights {
   static constexpr int kNumbers = kWordNumbers<kPairs>;

@@ -146,8 +146,9 @@ inline ConstArrayView array_view(const Tensor& t, const char* op, const char* na
 
 constexpr std::size_t kMaxDims = 64;  // torch's own limit
 
-// New memory is the system's, page by page as it is first written: asked for in pages of 2 MB, where
-// the system gives them, 64 MB come in 0.3 of the time. Memory that was used before stays as it is.
+// New memory is the system's, page by page as it is first written: asked for in pages of 2 MB,
+// where the system gives them, 64 MB come in 0.3 of the time. Memory that was used before stays as
+// it is.
 inline void use_large_pages(const Tensor& t, std::int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
@@ -179,7 +180,7 @@ inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
                                                   sizes.data(), strides, dtype, device, index,
                                                   &handle));
   const Tensor t(handle);
-  use_large_pages(t, step * static_cast<std::int64_t>(t.element_size()));
+  use_large_pages(t, t.numel() * static_cast<std::int64_t>(t.element_size()));
   return t;
 }
 

@@ -69,7 +69,7 @@ void Monarch<T, kPairs>::backward(ConstMatrixView dy, ConstMatrixView x, const v
                      chunk = std::clamp<std::int64_t>(tokens, 1, gradient_chunk(s, threads)),
                      s_rows = round_up(s.S, w), ld = (ceil_div(chunk, w) | 1) * w;
   const std::int64_t g_step = block_step<S>(ld, s.Q), h_step = block_step<S>(ld, s.S);
-  if (!is_few(tokens)) {
+  if (!copies_late(tokens)) {
     if (want_x) a1.prepare(context, t1_memory);
     if (want_g) a2.prepare(context, t2_memory);
     if (make_h) b1.prepare(context, w1_memory);

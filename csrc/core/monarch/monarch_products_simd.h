@@ -107,6 +107,8 @@ struct Monarch {
   bool is_few(std::int64_t tokens) const {
     return tokens <= thread_count(context) * kTokenTile / 2;
   }
+  // Whether a block's weights meet one tile: if they must be copied, then as they are multiplied.
+  bool copies_late(std::int64_t tokens) const { return is_few(tokens) && tokens <= kTokenTile; }
   template <class... Phases>
   void run(std::int64_t tokens, const Phases&... phases) const {
     const LaneTiles tiles(tokens, is_few(tokens) ? 1 : thread_count(context), w);
@@ -140,7 +142,7 @@ struct Monarch {
       return of_few_tokens<kForward>(f1, f2, from, x, out, hidden);
     L first = lanes_of(f1), second = lanes_of(f2);
     const bool few = is_few(tokens);
-    if (!few) {
+    if (!copies_late(tokens)) {
       first.prepare(context, first_memory);
       second.prepare(context, second_memory);
     }
