@@ -170,7 +170,7 @@ OPERATIONS = [
     sparse_low_rank("sparse_low_rank_linear, vectors", "vector16", 2, 41, 48, 5),
     sparse_low_rank("sparse_low_rank_linear, blocks", "block16", 35, 32, 48, 8),
     sparse_low_rank("sparse_low_rank_linear, strips", "block16", 35, 48, 176, 8, 0.09),
-    sparse_low_rank("sparse_low_rank_linear, spread", "vector16", 1025, 33, 48, 5, 0.05),
+    sparse_low_rank("sparse_low_rank_linear, spread", "vector16", 1025, 36, 48, 20, 0.05),
     Operation("streaming_svd", ((133, 9),), streaming, False),
     Operation("streaming_svd, wide rows", ((3, 131),), streaming_wide, False, (torch.float32,)),
     Operation("gaussian", ((0,),), gaussian, False, WIDE),

@@ -188,7 +188,7 @@ struct SpreadStep {
   uint2 left[2], right[4];
 };
 
-// Warps of a block do not meet. The last tokens are 32 too: some are computed twice, alike.
+// Warps of a block do not meet. The last tokens are 32 too: some are computed twice, stored once.
 template <class T>
 __global__ void __launch_bounds__(kSpreadWarps * 32, 1) spread_strips_kernel(SpreadProduct p) {
   constexpr int kAhead = 2, kTerms = 8, kPack = cuda::kPack;
@@ -303,6 +303,7 @@ __global__ void __launch_bounds__(kSpreadWarps * 32, 1) spread_strips_kernel(Spr
     SM_UNROLL
     for (int i = 0; i < 4; ++i) {
       const std::int64_t token = token0 + half * 16 + i * 4 + at;
+      if (token < group * kSpreadTokens) continue;
       T* const to = static_cast<T*>(p.dx.data) + token * p.dx.row_stride + column0 + c;
       Pack pack{};
       SM_UNROLL
