@@ -119,6 +119,7 @@ class _Residual:
         self.small = _SMALL * max(whole, _squares(W))  # which C may all but cancel
         self.P = _start(W @ self.C, W, rank, seed)
         self.V, self.S = self.P.T @ W, torch.zeros_like(W)
+        self.work: list[Tensor] = []
         self.measure()
 
     def check(self) -> None:
@@ -126,6 +127,7 @@ class _Residual:
             self.measure()
 
     def measure(self) -> None:
+        self.work.clear()  # room for matrices of float64
         E = torch.addmm(self.W.double() - self.S, self.P.double(), self.V.double(), alpha=-1)
         F = E @ self.exact
         self.loss = self.measured = inner(E, F)
@@ -133,6 +135,7 @@ class _Residual:
             self.W, self.P, self.V, self.S = (X.double() for X in (self.W, self.P, self.V, self.S))
             self.C = self.exact
         self.E, self.F, self.H = E.to(self.W.dtype), F.to(self.W.dtype), self.V @ self.C
+        del E, F
         self.work = [torch.empty_like(self.E) for _ in range(3)]
 
     def turn(self) -> None:
