@@ -403,3 +403,23 @@ def test_an_error_too_small_for_float32(family: str) -> None:
     assert found.error < 1e-3
     assert found.error == pytest.approx(error_of(W, dense(found), C), rel=1e-8)
     assert found.errors[-1] == pytest.approx(found.error, rel=0.01)
+
+
+def test_outputs_much_smaller_than_the_weight() -> None:
+    m, n = 64, 48
+    C = torch.ones(n, n).double() + 1e-10 * second_moments(n)
+    W = torch.randn(m, n)
+    W -= W.mean(1, keepdim=True)
+    found, wide = decompose(W, 4, 0.2, inputs=C), decompose(W.double(), 4, 0.2, inputs=C)
+    assert found.error == pytest.approx(error_of(W, dense(found), C), rel=1e-6)
+    assert found.errors[-1] == pytest.approx(found.error, rel=1e-3)
+    assert found.error <= 1.02 * wide.error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_may_make_up_for_small_inputs(family: str) -> None:
+    m, n = 64, 48
+    C, W, size = second_moments(n), torch.randn(m, n), 2.0 ** torch.linspace(-18, 18, n).round()
+    wanted = decompose(W, 4, 0.2, family=family, inputs=C).error
+    found = decompose(W / size, 4, 0.2, family=family, inputs=C * torch.outer(size, size))
+    assert found.error == pytest.approx(wanted, rel=1e-3)

@@ -45,7 +45,7 @@ def test_contenders_have_equal_parameters(example: ModuleType, plan: str) -> Non
     assert all(model.width == plan.width for name, model in models.items() if "equal" not in name)
     assert count["dense"] > 2.5 * count["uniform"]
     assert 0.85 * count["uniform"] < count["dense, equal parameters"] <= count["uniform"]
-    for name in ("columns", "vector16", "block16", "low rank"):
+    for name in ("columns", "vector16", "block16", "columns, lost", "low rank"):
         assert count[name] == pytest.approx(count["uniform"], rel=0.01)
         assert models[name].flops() == pytest.approx(models["uniform"].flops(), rel=0.01)
 
@@ -84,14 +84,14 @@ def test_all_learn_in_ten_steps(example: ModuleType, tmp_path: Path) -> None:
         assert len(runner.times) == 20
         for losses in runner.losses:
             assert losses[1] < losses[0] < math.log(256)
-            assert losses[1] < 4
+            assert losses[1] < (5 if runner.name == "columns, lost" else 4)  # at a low rate
     for values in example.differences(runners).values():
         assert len(values) == 2
-        assert max(map(abs, values)) < 1
+        assert max(map(abs, values)) < 1.5
     example.picture(plan, runners, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    assert example.table(runners).row_count == 7
-    assert example.difference_table(runners).row_count == 6
+    assert example.table(runners).row_count == 8
+    assert example.difference_table(runners).row_count == 7
 
 
 def test_memory_is_that_of_the_tensors(example: ModuleType, shared: ModuleType) -> None:

@@ -115,9 +115,11 @@ class _Residual:
     """
 
     def __init__(self, C: Tensor, whole: float, W: Tensor, rank: int, seed: int) -> None:
-        self.exact, self.whole, self.W, self.C = C, whole, W, C.to(W.dtype)
+        self.exact, self.W, self.C = C, W, C.to(W.dtype)
+        self.small = _SMALL * max(whole, _squares(W))  # which C may all but cancel
         self.P = _start(W @ self.C, W, rank, seed)
         self.V, self.S = self.P.T @ W, torch.zeros_like(W)
+        self.work: list[Tensor] = []
         self.measure()
 
     def check(self) -> None:
@@ -125,13 +127,15 @@ class _Residual:
             self.measure()
 
     def measure(self) -> None:
+        self.work.clear()  # room for matrices of float64
         E = torch.addmm(self.W.double() - self.S, self.P.double(), self.V.double(), alpha=-1)
         F = E @ self.exact
         self.loss = self.measured = inner(E, F)
-        if self.loss < _SMALL * self.whole:
+        if self.loss < self.small:
             self.W, self.P, self.V, self.S = (X.double() for X in (self.W, self.P, self.V, self.S))
             self.C = self.exact
         self.E, self.F, self.H = E.to(self.W.dtype), F.to(self.W.dtype), self.V @ self.C
+        del E, F
         self.work = [torch.empty_like(self.E) for _ in range(3)]
 
     def turn(self) -> None:

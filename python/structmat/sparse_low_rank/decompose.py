@@ -96,11 +96,12 @@ def decompose(
     Cost: ``8 m n r`` FLOPs and one selection among ``m n`` scores an iteration, in float64 for a W
     of float64, else in float32, with six matrices of the size of W in memory at 3 % and nine at
     30 %, and some 30 MB for an error in float64. With full moments ``12 m n r`` FLOPs and
-    ``2 m n^2`` for each ``t`` tried, 1.1 to 1.4 an iteration, with ten matrices and three of the
+    ``2 m n^2`` for each ``t`` tried, 1.1 to 1.4 an iteration, with eleven matrices and three of the
     size of C, one of them in float32. The error of an ill-conditioned C is a difference of large
     numbers: it is computed in float64 at the beginning and the end and whenever it has fallen to
-    1/4, and once it is below 0.1 % so are the iterations. Inputs smaller than the largest times the
-    eps of W are taken as never seen.
+    1/4, and once it is below 0.1 % of ``||W C^(1/2)||_F`` or of ``||W D^(1/2)||_F`` so are the
+    iterations, with nineteen matrices of float32. Inputs smaller than the largest times the eps of
+    the iterations are taken as never seen, unless large weights make up for it.
 
     Sources: Zhou, Tao, GoDec (ICML 2011) for the alternation; Zhang, Papyan, OATS (ICLR 2025) for
     the diagonal weighting; Makni et al., HASSLE-free (2025) for the full objective; Barzilai,
@@ -150,13 +151,15 @@ def _nearest_in_columns(
     it again."""
     root = moments.diagonal.sqrt().to(W.dtype)
     limits = torch.finfo(root.dtype)
+    X = W * root
+    seen = root > limits.tiny  # so that its inverse is a number
     if moments.full is None:
-        seen = root > limits.tiny  # so that its inverse is a number
-        found = nearest(W * root, *how)
+        found = nearest(X, *how)
     else:
-        seen = root > limits.eps * root.max()  # the rest is less than the rounding of an output
+        part = X.abs().amax(0)  # of an output; the rest is less than its rounding
+        seen &= (root > limits.eps * root.max()) | (part > limits.eps * part.max())
         C = moments.correlations(seen)
-        found = nearest_in(C, whole, torch.where(seen, W * root, 0.0), *how)
+        found = nearest_in(C, whole, X.masked_fill_(~seen, 0), *how)
     inverse = torch.where(seen, 1 / root, 0.0)
     places = found.pattern._flat()
     column = places % W.shape[1]
