@@ -142,20 +142,17 @@ __global__ void __launch_bounds__(kSampledWarps * 32, 4)
 template <class T>
 void sample_strips(const Context& context, const ConstMatrixView& dy, const ConstMatrixView& x,
                    const SparsePatternView& pattern, const SampledSpace& space, void* values) {
-  const auto packs = [](const ConstMatrixView& a) {
-    return reinterpret_cast<std::uintptr_t>(a.data) % 16 == 0 && a.row_stride % cuda::kPack == 0;
-  };
-  const std::int64_t tiles = ceil_div(x.cols, kTurn) * ceil_div(space.stride, kTurn);
+  const std::int64_t tiles = turn_tiles(x.cols, space.stride);
   const std::int64_t blocks = ceil_div(pattern.groups(), kSampledWarps) * space.splits;
   STRUCTMAT_CHECK(tiles < std::int64_t{1} << 31 && blocks < std::int64_t{1} << 31,
                   "sampled_matmul: more than 2^31 tiles, which no launch takes");
   if (tiles > 0)
     SM_LAUNCH(turn_kernel<T>, static_cast<unsigned>(tiles), kTurnThreads, 0, context.stream, x,
-              packs(x), space.turned, space.stride);
+              rows_pack(x), space.turned, space.stride);
   SM_ALLOW_SHARED((sampled_strips_kernel<T>));
   SM_LAUNCH(sampled_strips_kernel<T>, static_cast<unsigned>(blocks), kSampledWarps * 32,
             kSampledWarps * SampledStage<T>::kStages * sizeof(SampledStage<T>), context.stream, dy,
-            packs(dy), pattern, space, static_cast<T*>(values));
+            rows_pack(dy), pattern, space, static_cast<T*>(values));
 }
 
 }  // namespace structmat::sparse_low_rank

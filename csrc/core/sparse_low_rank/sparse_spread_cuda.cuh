@@ -329,14 +329,9 @@ void spread_strips(const Context& context, const ConstMatrixView& dy, const Stri
                    const MatrixView& dx) {
   if (dx.rows == 0 || dx.cols == 0) return;
   prepare_strips<T>(context, v, strips, space);
-  const auto packs = [](const auto& a, std::int64_t numbers) {
-    return reinterpret_cast<std::uintptr_t>(a.data) % (2 * numbers) == 0 &&
-           a.row_stride % numbers == 0;
-  };
   SpreadProduct p;
   p.dy = dy, p.dh = dh, p.dx = dx, p.space = space;
-  p.dy_packs = packs(dy, 4), p.dh_packs = packs(dh, 4);
-  p.dx_packs = packs(dx, cuda::kPack);
+  p.dy_packs = rows_pack(dy, 4), p.dh_packs = rows_pack(dh, 4), p.dx_packs = rows_pack(dx);
   const std::int64_t blocks = ceil_div(dx.rows, kSpreadWarps / kSpreadAcross * kSpreadTokens) *
                               ceil_div(space.pieces, kSpreadAcross);
   STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,

@@ -42,7 +42,19 @@ struct Strip {
   __device__ int steps() const { return static_cast<int>(ceil_div(count, kStrip)); }
 };
 
+// Whether `numbers` 16-bit numbers of a row are one access, wherever a multiple of them begins.
+template <class View>
+bool rows_pack(const View& a, std::int64_t numbers = cuda::kPack) {
+  return reinterpret_cast<std::uintptr_t>(a.data) % (2 * numbers) == 0 &&
+         a.row_stride % numbers == 0;
+}
+
 constexpr int kTurn = 64, kTurnThreads = 256;
+
+// Of `turn`.
+constexpr std::int64_t turn_tiles(std::int64_t cols, std::int64_t stride) {
+  return ceil_div(cols, kTurn) * ceil_div(stride, kTurn);
+}
 
 // x^T (n, T), rows of whole packs with zeros behind T. A tile of a block.
 template <class T>
@@ -136,14 +148,11 @@ __global__ void __launch_bounds__(kTurnThreads)
 template <class T, class Space>
 void prepare_strips(const Context& context, const ConstMatrixView& x, const Strips& strips,
                     const Space& space) {
-  const std::int64_t tiles = ceil_div(x.cols, kTurn) * ceil_div(space.stride, kTurn);
-  const std::int64_t blocks = tiles + strips.count();
+  const std::int64_t tiles = turn_tiles(x.cols, space.stride), blocks = tiles + strips.count();
   STRUCTMAT_CHECK(blocks < std::int64_t{1} << 31,
                   "sparse_low_rank_linear: more than 2^31 tiles, which no launch takes");
-  const bool packs =
-      reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.row_stride % cuda::kPack == 0;
   SM_LAUNCH((prepare_strips_kernel<T, Space>), static_cast<unsigned>(blocks), kTurnThreads, 0,
-            context.stream, x, packs, tiles, strips, space);
+            context.stream, x, rows_pack(x), tiles, strips, space);
 }
 
 struct Gathered {
