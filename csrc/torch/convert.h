@@ -149,16 +149,17 @@ constexpr std::size_t kMaxDims = 64;  // torch's own limit
 // New memory is the system's, page by page as it is first written: asked for in pages of 2 MB,
 // where the system gives them, 64 MB come in 0.3 of the time. Memory that was used before stays as
 // it is.
-inline void use_large_pages(const Tensor& t, std::int64_t bytes) {
+inline void use_large_pages(const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
+  const std::int64_t bytes = t.numel() * static_cast<std::int64_t>(t.element_size());
   if (bytes < (std::int64_t{4} << 20) || !t.is_cpu()) return;
   const auto begin = reinterpret_cast<std::uintptr_t>(t.data_ptr());
   const std::uintptr_t first = (begin + kPage - 1) / kPage * kPage,
                        last = (begin + static_cast<std::uintptr_t>(bytes)) / kPage * kPage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
-  static_cast<void>(t), static_cast<void>(bytes);
+  static_cast<void>(t);
 #endif
 }
 
@@ -180,7 +181,7 @@ inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
                                                   sizes.data(), strides, dtype, device, index,
                                                   &handle));
   const Tensor t(handle);
-  use_large_pages(t, t.numel() * static_cast<std::int64_t>(t.element_size()));
+  use_large_pages(t);
   return t;
 }
 
