@@ -98,7 +98,7 @@ inline Vec<S> load_words(const T* p, std::int64_t count) {
 
 // A factor as these products read it: in place, or, where its numbers must be widened, paired or
 // have no regular strides, a copy, whole rows or whole columns as they lie. All blocks are copied
-// by prepare(), or, for one tile of tokens, each when it is multiplied.
+// by prepare(), or, where they meet one tile of tokens alone, each when it is multiplied.
 template <class S, class T, bool kPairs>
 struct LaneWeights {
   static constexpr int kNumbers = kWordNumbers<kPairs>;
@@ -128,8 +128,8 @@ struct LaneWeights {
     return by_rows() ? Words{from, words() * word, word} : Words{from, word, width.size * word};
   }
 
-  void prepare(const Context& context, Scratch& memory) {
-    if (in_place()) return;
+  void prepare(const Context& context, std::int64_t tokens, Scratch& memory) {
+    if (in_place() || tokens <= kTokenTile) return;
     S* const to = memory.get<S>(block.size * copy_size());
     if (copy_size() == 0) return;
     copy = to;

@@ -47,7 +47,7 @@ struct KroneckerSparse {
     if constexpr (kPairs)
       if (tokens > kFewRows) {
         LaneWeights<S, T, kPairs> lanes(f.data, f.block, f.depth, f.width);
-        if (!few || tokens > kTokenTile) lanes.prepare(context, weights_memory);
+        lanes.prepare(context, tokens, weights_memory);
         const LaneTiles tiles(tokens, few ? 1 : threads, w);
         if (few)
           return share_groups([&](const auto& range) {

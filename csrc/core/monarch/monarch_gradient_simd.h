@@ -69,11 +69,9 @@ void Monarch<T, kPairs>::backward(ConstMatrixView dy, ConstMatrixView x, const v
                      chunk = std::clamp<std::int64_t>(tokens, 1, gradient_chunk(s, threads)),
                      s_rows = round_up(s.S, w), ld = (ceil_div(chunk, w) | 1) * w;
   const std::int64_t g_step = block_step<S>(ld, s.Q), h_step = block_step<S>(ld, s.S);
-  if (!copies_late(tokens)) {
-    if (want_x) a1.prepare(context, t1_memory);
-    if (want_g) a2.prepare(context, t2_memory);
-    if (make_h) b1.prepare(context, w1_memory);
-  }
+  if (want_x) a1.prepare(context, tokens, t1_memory);
+  if (want_g) a2.prepare(context, tokens, t2_memory);
+  if (make_h) b1.prepare(context, tokens, w1_memory);
   const Hidden<S> g{want_g ? g_memory.get<S>(s.K * g_step) : nullptr, g_step, ld};
   const Hidden<S> h{make_h ? h_memory.get<S>(s.J * h_step) : nullptr, h_step, ld};
   WeightGradients<S, T, kPairs> d1{x, of_x(), s.I, s.Q, s.Q, nullptr},

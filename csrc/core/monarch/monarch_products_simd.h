@@ -107,8 +107,6 @@ struct Monarch {
   bool is_few(std::int64_t tokens) const {
     return tokens <= thread_count(context) * kTokenTile / 2;
   }
-  // Whether a block's weights meet one tile: if they must be copied, then as they are multiplied.
-  bool copies_late(std::int64_t tokens) const { return is_few(tokens) && tokens <= kTokenTile; }
   template <class... Phases>
   void run(std::int64_t tokens, const Phases&... phases) const {
     const LaneTiles tiles(tokens, is_few(tokens) ? 1 : thread_count(context), w);
@@ -141,11 +139,9 @@ struct Monarch {
     if (tokens <= kFewRows && f1.reads_few(from.step) && f2.reads_few(1))
       return of_few_tokens<kForward>(f1, f2, from, x, out, hidden);
     L first = lanes_of(f1), second = lanes_of(f2);
+    first.prepare(context, tokens, first_memory);
+    second.prepare(context, tokens, second_memory);
     const bool few = is_few(tokens);
-    if (!copies_late(tokens)) {
-      first.prepare(context, first_memory);
-      second.prepare(context, second_memory);
-    }
     const std::int64_t ld = few ? round_up(tokens, w) : kTokenTile, step = block_step<S>(ld, units),
                        per = read_together(from), groups = out.groups(blocks);
     S* const shared = few ? h_memory.get<S>(blocks * step) : nullptr;
